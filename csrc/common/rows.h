@@ -1,0 +1,15 @@
+// How [rows, columns] work is cut into tasks. A task is one chunk of one row, so that one long row keeps
+// all threads busy; the cut depends on the shape alone, so sums come out the same for any thread count.
+#pragma once
+
+#include <cstdint>
+
+namespace gm {
+
+constexpr int64_t kChunk = 8192;
+
+inline int64_t chunks_of(int64_t columns) {
+  return columns <= kChunk ? 1 : (columns + kChunk - 1) / kChunk;
+}
+
+}  // namespace gm

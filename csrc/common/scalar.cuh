@@ -1,0 +1,59 @@
+// What simd.h is to CPU vectors, for one CUDA thread: the primitives under math.h on float.
+#pragma once
+
+#include "common/dtype.h"
+
+namespace gm {
+namespace device {
+
+template <class F>
+struct traits;
+template <>
+struct traits<float> {
+  using I = int32_t;
+};
+template <class F>
+using int_of = typename traits<F>::I;
+
+GM_HD int32_t bits(float x) {
+#if defined(__CUDA_ARCH__)
+  return __float_as_int(x);
+#else
+  int32_t i;
+  memcpy(&i, &x, 4);
+  return i;
+#endif
+}
+GM_HD float from_bits(int32_t i) {
+#if defined(__CUDA_ARCH__)
+  return __int_as_float(i);
+#else
+  float x;
+  memcpy(&x, &i, 4);
+  return x;
+#endif
+}
+GM_HD int32_t to_int(float x) { return (int32_t)x; }
+GM_HD float to_float(int32_t i) { return (float)i; }
+template <class F>
+GM_HD F splat(float x) {
+  return x;
+}
+GM_HD float select(bool mask, float a, float b) { return mask ? a : b; }
+GM_HD float sqrt_ieee(float x) {
+#if defined(__CUDA_ARCH__)
+  return __fsqrt_rn(x);
+#else
+  return __builtin_sqrtf(x);
+#endif
+}
+GM_HD float fma(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+  return __fmaf_rn(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+}  // namespace device
+}  // namespace gm

@@ -1,0 +1,69 @@
+#include "common/block.h"
+#include "noise/noise.h"
+
+namespace gm {
+namespace GM_ISA {
+
+static void fill(Distribution distribution, const NoiseKey& key, const Result& out, int64_t columns,
+                 int64_t begin, int64_t end) {
+  for_chunks(columns, begin, end, [&](int64_t, int64_t row, int64_t start, int64_t n) {
+    Buffer noise;
+    for (int64_t at = start; at < start + n; at += kBlock) {
+      const int64_t count = start + n - at < kBlock ? start + n - at : kBlock;
+      if (distribution == Distribution::normal) {
+        normal_block(key, row, at, count, noise);
+      } else {
+        uniform_block(key, row, at, count, noise);
+      }
+      if (out.dtype == DType::f32) {
+        memcpy((float*)out.data + row * out.row_stride + at, noise.data, count * sizeof(float));
+      } else {
+        close_block(out, row, at, count, noise);
+      }
+    }
+  });
+}
+
+static void host_exp(const float* x, float* y, int64_t n) {
+  for_vectors(n, [&](auto lane, int64_t i) {
+    using F = decltype(lane);
+    store<F>(y + i, exp(load<F>(x + i)));
+  });
+}
+
+static void host_log(const float* x, float* y, int64_t n) {
+  for_vectors(n, [&](auto lane, int64_t i) {
+    using F = decltype(lane);
+    store<F>(y + i, log(load<F>(x + i)));
+  });
+}
+
+static void host_log1p_unit(const float* x, float* y, int64_t n) {
+  for_vectors(n, [&](auto lane, int64_t i) {
+    using F = decltype(lane);
+    store<F>(y + i, log1p_unit(load<F>(x + i)));
+  });
+}
+
+static void host_sincospi(const float* x, float* sine, float* cosine, int64_t n) {
+  for_vectors(n, [&](auto lane, int64_t i) {
+    using F = decltype(lane);
+    F s, c;
+    sincos_turns(load<F>(x + i) * 0.5f, s, c);
+    store<F>(sine + i, s);
+    store<F>(cosine + i, c);
+  });
+}
+
+static void host_normal_from_words(const uint32_t* words, float* y, int64_t pairs) {
+  for (int64_t i = 0; i < pairs; ++i) {
+    normal_pair(uniform_from((float)words[2 * i]), uniform_from((float)words[2 * i + 1]), y[2 * i],
+                y[2 * i + 1]);
+  }
+}
+
+extern const NoiseTable noise_table = {
+    fill, {host_exp, host_log, host_log1p_unit, host_sincospi, host_normal_from_words}};
+
+}  // namespace GM_ISA
+}  // namespace gm

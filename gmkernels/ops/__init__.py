@@ -1,0 +1,1 @@
+"""One folder an op family; see gmkernels.registry for the list."""

@@ -1,0 +1,145 @@
+"""One row an op: what the tests check, what the benchmarks time, what the README's table says."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Every row has a case of each kind; test_layout.py rejects one that has not.
+KINDS = (
+    "empty",  # no rows
+    "one",  # one element
+    "odd",  # sizes that divide nothing
+    "block-1",  # one short of a whole block of every backend
+    "block",
+    "block+1",
+    "large",  # several blocks and chunks
+    "boundary",  # the formula's boundary values
+    "non_contiguous",  # halves of one tensor, transposes
+    "channels_last",
+    "mixed",  # dtypes that differ within the call
+    "keyword",  # one case for each value of each keyword
+)
+GRAIN = 1024  # elements a row that are a whole number of blocks on every backend
+
+
+@dataclass(frozen=True)
+class Case:
+    """One input of a row: `options` are read by the row's `inputs` and by nothing else."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"case {self.name}: kind must be one of {KINDS}, got {self.kind!r}")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Arguments of one call. Floating tensors among them are what gradients are taken to."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def tensors(self) -> list[Tensor]:
+        """Every floating tensor, positional first."""
+        found = (*self.args, *self.kwargs.values())
+        return [x for x in found if isinstance(x, Tensor) and x.is_floating_point()]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Inputs":
+        """The same call with every floating tensor changed."""
+
+        def one(x: Any) -> Any:
+            return change(x) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+        return Inputs(tuple(map(one, self.args)), {k: one(v) for k, v in self.kwargs.items()})
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One timed call. `headline` rows are in `make bench`; the others in `make bench-all`."""
+
+    name: str
+    case: Case
+    dtype: torch.dtype = torch.float32
+    backward: bool = False
+    headline: bool = False
+    eager_eps: bool = False  # a twin of a noisy row: both sides are given the noise
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op: its public function and everything that is known of it.
+
+    Attributes:
+        function: the public function; `backend="reference"` in float64 is the truth.
+        eager: what a user writes without this library: same arguments, plus `eps=` where `noisy`.
+        inputs: (case, dtype, device, seed) -> Inputs; the same seed gives the same values.
+        bytes: minimal traffic of one call, (case, dtype, backward) -> bytes; every input and output once.
+        flops: arithmetic of one forward, (case) -> operations, for the share of the matmul rate.
+        floor: what the error may exceed twice eager's by, in ulp of the output's scale, and why.
+        differentiable: whether gradients and second derivatives are tested.
+        noisy: whether the call takes `seed=` and `eps=`.
+        instructions: ceiling of instructions an element on sm_90 by dtype name, forward kernel.
+        peers: implementations of other libraries for the benchmark, by name: same call as eager.
+    """
+
+    name: str
+    family: str
+    summary: str
+    function: Callable[..., Any]
+    eager: Callable[..., Any]
+    inputs: Callable[[Case, torch.dtype, str, int], Inputs]
+    cases: tuple[Case, ...]
+    benchmarks: tuple[Benchmark, ...]
+    bytes: Callable[[Case, torch.dtype, bool], int]
+    flops: Callable[[Case], int]
+    source: str
+    floor: tuple[float, str] = (2.0, "one rounding of the result and one of an intermediate")
+    differentiable: bool = True
+    noisy: bool = False
+    instructions: dict[str, int] = field(default_factory=dict)
+    peers: dict[str, Callable[..., Any]] = field(default_factory=dict)
+
+    def case(self, name: str) -> Case:
+        """The case of that name."""
+        return next(c for c in self.cases if c.name == name)
+
+
+def row_cases(features: int = 3) -> tuple[Case, ...]:
+    """The shape cases that every op on rows [B, *] shares."""
+    return (
+        Case("no_rows", "empty", (0, 5)),
+        Case("no_columns", "empty", (3, 0)),
+        Case("one", "one", (1, 1)),
+        Case("odd", "odd", (5, 37)),
+        Case("three_dims", "odd", (2, features, 7)),
+        Case("block-1", "block-1", (3, GRAIN - 1)),
+        Case("block", "block", (2, GRAIN)),
+        Case("block+1", "block+1", (3, GRAIN + 1)),
+        Case("large", "large", (2, 20011)),
+        Case("many_rows", "large", (1031, 6)),
+    )
+
+
+def filled(
+    shape: tuple[int, ...], dtype: torch.dtype, device: str, seed: int, scale: float = 1.0
+) -> Tensor:
+    """Seeded normal values, the same on every device, rounded to dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(device, dtype)
+
+
+def other_dtype(dtype: torch.dtype) -> torch.dtype:
+    """A dtype to mix with this one, as autocast does."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
+
+
+def itemsize(dtype: torch.dtype) -> int:
+    """Bytes an element."""
+    return dtype.itemsize

@@ -1,0 +1,170 @@
+"""@triton.jit helpers and launch plumbing that two families or more use."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from gmkernels.ops.noise import reference as noise_reference
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+DEVICES = ("cpu", "cuda") if INTERPRETED else ("cuda",)
+MAX_TILE = 1024  # elements a program holds in registers at a time
+
+_LN = tl.constexpr(noise_reference._LN)
+_SIN = tl.constexpr(noise_reference._SIN)
+_COS = tl.constexpr(noise_reference._COS)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch that recorded() caught instead of running: what the static GPU report compiles."""
+
+    kernel: Any
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+    num_warps: int
+
+
+_recording: list[Launch] | None = None
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Collects the launches inside the block, which then compute nothing."""
+    global _recording
+    _recording = []
+    try:
+        yield _recording
+    finally:
+        _recording = None
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, **constants: Any) -> None:
+    """Runs kernel[grid] without floating-point contraction, on the device of its first tensor."""
+    if _recording is not None:
+        _recording.append(Launch(kernel, args, constants, num_warps))
+        return
+    if 0 in grid:
+        return
+    device = next(a.device for a in args if isinstance(a, torch.Tensor))
+    scope = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with scope:
+        kernel[grid](*args, **constants, num_warps=num_warps, enable_fp_fusion=False)
+
+
+def tile(rows: int, columns: int) -> tuple[int, int]:
+    """Tile [R, C] for a [rows, columns] problem: whole rows while they fit, powers of two, C >= 4."""
+    c = min(MAX_TILE, max(4, triton.next_power_of_2(columns)))
+    return max(1, min(MAX_TILE // c, triton.next_power_of_2(max(rows, 1)))), c
+
+
+def on_device(key: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The key where a kernel can read it."""
+    return key if key.device == device else key.to(device, non_blocking=True)
+
+
+@triton.jit
+def philox(c0, c1, c2, c3, k0, k1):
+    """Philox4x32-10 on uint32 counters; the 64-bit product is one wide multiply."""
+    for _ in tl.static_range(10):
+        p0 = c0.to(tl.uint64) * 0xD2511F53
+        p1 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c1 = p1.to(tl.uint32)
+        c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c3 = p0.to(tl.uint32)
+        k0 = (k0 + 0x9E3779B9).to(tl.uint32)
+        k1 = (k1 + 0xBB67AE85).to(tl.uint32)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def uniform_from(word):
+    return word.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
+
+
+@triton.jit
+def ln_uniform(u):
+    i = u.to(tl.int32, bitcast=True)
+    e = (i - 0x3F3504F3) >> 23
+    f = (i - e * 0x800000).to(tl.float32, bitcast=True) - 1.0
+    k = e.to(tl.float32)
+    p = f * _LN[0] + _LN[1]
+    for j in tl.static_range(2, 8):
+        p = p * f + _LN[j]
+    tail = k * 1.42860676533018518e-06 + f * f * (p * f - 0.5)
+    return (f + tail) + k * 0.693145751953125
+
+
+@triton.jit
+def sincos_turns(u):
+    turns = u * 4.0
+    k = (turns + 0.5).to(tl.int32)
+    f = turns - k.to(tl.float32)
+    f2 = f * f
+    s = f2 * _SIN[0] + _SIN[1]
+    s = s * f2 + _SIN[2]
+    s = s * f2 + _SIN[3]
+    s = s * f
+    c = f2 * _COS[0] + _COS[1]
+    c = c * f2 + _COS[2]
+    c = c * f2 + _COS[3]
+    c = c * f2 + 1.0
+    odd = (k & 1) == 1
+    first = tl.where(odd, s, c).to(tl.int32, bitcast=True) ^ (((k + 1) & 2) << 30)
+    second = tl.where(odd, c, s).to(tl.int32, bitcast=True) ^ ((k & 2) << 30)
+    return second.to(tl.float32, bitcast=True), first.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def normal_pair(w0, w1):
+    r = tl.sqrt_rn(ln_uniform(uniform_from(w0)) * -2.0)
+    sine, cosine = sincos_turns(uniform_from(w1))
+    return r * cosine, r * sine
+
+
+@triton.jit
+def noise_words(key_ptr, row, d4, STREAM: tl.constexpr):
+    """Words of counters (d4, row, STREAM); key_ptr: int64 [2]; row: int64, d4: int32, broadcastable."""
+    seed = tl.load(key_ptr)
+    row, d4 = tl.broadcast(tl.load(key_ptr + 1) + row, d4)
+    stream = tl.full(d4.shape, STREAM, tl.uint32)
+    return philox(
+        d4.to(tl.uint32),
+        row.to(tl.uint32),
+        (row >> 32).to(tl.uint32),
+        stream,
+        seed.to(tl.uint32),
+        (seed >> 32).to(tl.uint32),
+    )
+
+
+@triton.jit
+def interleave4(x0, x1, x2, x3, R: tl.constexpr, C: tl.constexpr):
+    """Four [R, C / 4] tiles to one [R, C] with x0..x3 side by side: stores stay 16 bytes wide."""
+    return tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), (R, C))
+
+
+@triton.jit
+def normal_tile(key_ptr, row, column, STREAM: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    """Standard normals [R, C]: row int64 [R, 1], column the first of C, a multiple of 4."""
+    d4 = (column // 4 + tl.arange(0, C // 4))[None, :]
+    w0, w1, w2, w3 = noise_words(key_ptr, row, d4, STREAM)
+    n0, n1 = normal_pair(w0, w1)
+    n2, n3 = normal_pair(w2, w3)
+    return interleave4(n0, n1, n2, n3, R, C)
+
+
+@triton.jit
+def uniform_tile(key_ptr, row, column, STREAM: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    """Uniforms in (0, 1] [R, C], as normal_tile."""
+    d4 = (column // 4 + tl.arange(0, C // 4))[None, :]
+    w0, w1, w2, w3 = noise_words(key_ptr, row, d4, STREAM)
+    u0, u1, u2, u3 = uniform_from(w0), uniform_from(w1), uniform_from(w2), uniform_from(w3)
+    return interleave4(u0, u1, u2, u3, R, C)
