@@ -5,7 +5,19 @@ import torch as _torch  # noqa: F401 - first: the extension needs torch's librar
 from gmkernels import noise
 from gmkernels.dispatch import explain, reuse_memory, use_backend, use_isa
 from gmkernels.noise import normal, uniform
+from gmkernels.ops.gaussian import gaussian_kl, gaussian_kl_per_dim, reparameterize_kl
 
 __version__ = "0.1.0"
 
-__all__ = ["explain", "noise", "normal", "reuse_memory", "uniform", "use_backend", "use_isa"]
+__all__ = [
+    "explain",
+    "gaussian_kl",
+    "gaussian_kl_per_dim",
+    "noise",
+    "normal",
+    "reparameterize_kl",
+    "reuse_memory",
+    "uniform",
+    "use_backend",
+    "use_isa",
+]

@@ -130,6 +130,11 @@ def choose(op: str, device: str, wide: bool, backend: str | None) -> str:
     raise AssertionError("the reference backend is always usable")
 
 
+def find(op: str, backend: str) -> Kernel | str:
+    """The kernels of an op on a backend, or the reason why there are none."""
+    return _TABLE[op][backend]
+
+
 def kernel(op: str, backend: str) -> Kernel:
     """The kernels of an op on a backend that choose() returned."""
     found = _TABLE[op][backend]

@@ -69,6 +69,11 @@ def on_device(key: torch.Tensor, device: torch.device) -> torch.Tensor:
     return key if key.device == device else key.to(device, non_blocking=True)
 
 
+def row_stride(x: torch.Tensor | None) -> int:
+    """Elements from one row to the next; 0 for an absent operand."""
+    return 0 if x is None else x.stride(0)
+
+
 @triton.jit
 def philox(c0, c1, c2, c3, k0, k1):
     """Philox4x32-10 on uint32 counters; the 64-bit product is one wide multiply."""
@@ -168,3 +173,34 @@ def uniform_tile(key_ptr, row, column, STREAM: tl.constexpr, R: tl.constexpr, C:
     w0, w1, w2, w3 = noise_words(key_ptr, row, d4, STREAM)
     u0, u1, u2, u3 = uniform_from(w0), uniform_from(w1), uniform_from(w2), uniform_from(w3)
     return interleave4(u0, u1, u2, u3, R, C)
+
+
+@triton.jit
+def exp_tail(r):
+    """q(r) of exp(r) = 1 + r + r^2 q(r) for |r| <= ln(2) / 2."""
+    q = r * 0.001393575919792056 + 0.008369090966880322
+    q = q * r + 0.04166645556688309
+    q = q * r + 0.16666516661643982
+    return q * r + 0.5
+
+
+@triton.jit
+def excess(x):
+    """exp(x) - 1 - x, to full relative accuracy near 0."""
+    return tl.where(tl.abs(x) < 0.34, x * x * exp_tail(x), tl.exp(x) - 1.0 - x)
+
+
+@triton.jit
+def clamp(x, low, high):
+    """x in [low, high]; NaN stays."""
+    x = tl.where(x < low, low, x)
+    return tl.where(x > high, high, x)
+
+
+@triton.jit
+def load_tile(ptr, row, d, stride, mask, PRESENT: tl.constexpr):
+    """A [R, C] tile as float32; zeros where the operand is absent."""
+    if PRESENT:
+        return tl.load(ptr + row * stride + d, mask=mask, other=0.0).to(tl.float32)
+    else:
+        return tl.zeros(mask.shape, tl.float32)

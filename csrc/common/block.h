@@ -10,8 +10,6 @@
 namespace gm {
 namespace GM_ISA {
 
-// Elements brought to float32 at a time. Divides kChunk; a multiple of 4 kLanes.
-constexpr int kBlock = 512;
 static_assert(kChunk % kBlock == 0 && kBlock % (4 * kLanes) == 0, "blocks must tile chunks");
 
 struct alignas(64) Buffer {
@@ -35,11 +33,16 @@ struct BlockSum {
   double total() const { return (double)sum_lanes(lanes) + (double)tail; }
 };
 
-// Elements [start, start + n) of a row as float32: in place if they are, else in the buffer.
+// Elements [start, start + n) of a row as float32: in place if they are, else in the buffer. An absent
+// operand reads as zeros.
 static inline const float* load_block(const Operand& x, int64_t row, int64_t start, int64_t n,
                                       Buffer& buffer) {
-  const int64_t at = row * x.row_stride + start * x.stride;
   float* out = buffer.data;
+  if (!x.data) {
+    memset(out, 0, n * sizeof(float));
+    return out;
+  }
+  const int64_t at = row * x.row_stride + start * x.stride;
   if (x.stride == 0) {
     float value;
     if (x.dtype == DType::f32) {
@@ -102,29 +105,31 @@ static inline vf uniform_vector(vu words) {
 }
 
 // Standard normals at positions [start, start + n) of a row; start is a multiple of 4. Writes whole
-// groups of 4 kLanes into the buffer.
-static inline const float* normal_block(const NoiseKey& key, int64_t row, int64_t start, int64_t n,
-                                        Buffer& buffer) {
+// groups of 4 kLanes, up to 4 kLanes - 1 floats past the end.
+static inline void normals(const NoiseKey& key, int64_t row, int64_t start, int64_t n, float* out) {
   for (int64_t i = 0; i < n; i += 4 * kLanes) {
     vu w[4];
     philox_words(key, key.offset + (uint64_t)row, (uint32_t)((start + i) / 4), w);
     vf n0, n1, n2, n3;
     normal_pair(uniform_vector(w[0]), uniform_vector(w[1]), n0, n1);
     normal_pair(uniform_vector(w[2]), uniform_vector(w[3]), n2, n3);
-    store_transposed4(buffer.data + i, n0, n1, n2, n3);
+    store_transposed4(out + i, n0, n1, n2, n3);
   }
-  return buffer.data;
 }
 
 // Uniforms in (0, 1] likewise.
-static inline const float* uniform_block(const NoiseKey& key, int64_t row, int64_t start, int64_t n,
-                                         Buffer& buffer) {
+static inline void uniforms(const NoiseKey& key, int64_t row, int64_t start, int64_t n, float* out) {
   for (int64_t i = 0; i < n; i += 4 * kLanes) {
     vu w[4];
     philox_words(key, key.offset + (uint64_t)row, (uint32_t)((start + i) / 4), w);
-    store_transposed4(buffer.data + i, uniform_vector(w[0]), uniform_vector(w[1]),
-                      uniform_vector(w[2]), uniform_vector(w[3]));
+    store_transposed4(out + i, uniform_vector(w[0]), uniform_vector(w[1]), uniform_vector(w[2]),
+                      uniform_vector(w[3]));
   }
+}
+
+static inline const float* normal_block(const NoiseKey& key, int64_t row, int64_t start, int64_t n,
+                                        Buffer& buffer) {
+  normals(key, row, start, n, buffer.data);
   return buffer.data;
 }
 
@@ -141,6 +146,14 @@ static inline void for_chunks(int64_t columns, int64_t begin, int64_t end, Body 
       chunk = 0;
       ++row;
     }
+  }
+}
+
+// Runs body(at, count) for the blocks of one chunk.
+template <class Body>
+static inline void for_blocks(int64_t start, int64_t n, Body body) {
+  for (int64_t at = start; at < start + n; at += kBlock) {
+    body(at, start + n - at < kBlock ? start + n - at : (int64_t)kBlock);
   }
 }
 

@@ -7,6 +7,7 @@
 namespace gm {
 
 constexpr int64_t kChunk = 8192;
+constexpr int kBlock = 512;  // elements brought to float32 at a time; divides kChunk
 
 inline int64_t chunks_of(int64_t columns) {
   return columns <= kChunk ? 1 : (columns + kChunk - 1) / kChunk;

@@ -1,6 +1,8 @@
 // What simd.h is to CPU vectors, for one CUDA thread: the primitives under math.h on float.
 #pragma once
 
+#include <cstring>
+
 #include "common/dtype.h"
 
 namespace gm {
@@ -40,9 +42,15 @@ GM_HD F splat(float x) {
   return x;
 }
 GM_HD float select(bool mask, float a, float b) { return mask ? a : b; }
+
+// Correctly rounded square root of +-0 and of [2^-100, max]; NaN of NaN. The five steps are those of
+// __fsqrt_rn where it takes no branch: 0 needs no slow path here, as long as its root stays finite.
 GM_HD float sqrt_ieee(float x) {
 #if defined(__CUDA_ARCH__)
-  return __fsqrt_rn(x);
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(fmaxf(x, 0x1p-100f)));
+  const float root = x * y;
+  return __fmaf_rn(__fmaf_rn(-root, root, x), y * 0.5f, root);
 #else
   return __builtin_sqrtf(x);
 #endif

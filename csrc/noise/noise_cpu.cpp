@@ -8,19 +8,17 @@ static void fill(Distribution distribution, const NoiseKey& key, const Result& o
                  int64_t begin, int64_t end) {
   for_chunks(columns, begin, end, [&](int64_t, int64_t row, int64_t start, int64_t n) {
     Buffer noise;
-    for (int64_t at = start; at < start + n; at += kBlock) {
-      const int64_t count = start + n - at < kBlock ? start + n - at : kBlock;
-      if (distribution == Distribution::normal) {
-        normal_block(key, row, at, count, noise);
-      } else {
-        uniform_block(key, row, at, count, noise);
-      }
-      if (out.dtype == DType::f32) {
+    for_blocks(start, n, [&](int64_t at, int64_t count) {
+      const bool is_normal = distribution == Distribution::normal;
+      const bool whole = out.dtype == DType::f32 && count == kBlock;
+      float* direct = whole ? (float*)out.data + row * out.row_stride + at : noise.data;
+      is_normal ? normals(key, row, at, count, direct) : uniforms(key, row, at, count, direct);
+      if (out.dtype == DType::f32 && !whole) {
         memcpy((float*)out.data + row * out.row_stride + at, noise.data, count * sizeof(float));
       } else {
         close_block(out, row, at, count, noise);
       }
-    }
+    });
   });
 }
 

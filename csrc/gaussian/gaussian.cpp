@@ -1,0 +1,222 @@
+#include "gaussian/gaussian.h"
+
+#include <limits>
+#include <memory>
+#include <tuple>
+
+#include "common/checks.h"
+
+namespace gm {
+
+using Two = std::tuple<Tensor, Tensor>;
+using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// The operands that every op of the family shares.
+static GaussianArgs read_args(const Layout& layout, const Tensor& mean, const Tensor& logvar,
+                              const MaybeTensor& prior_mean, const MaybeTensor& prior_logvar,
+                              double low, double high) {
+  GaussianArgs a;
+  a.mean = operand(layout, "mean", mean);
+  a.logvar = operand(layout, "logvar", logvar);
+  a.prior_mean = operand(layout, "prior_mean", prior_mean);
+  a.prior_logvar = operand(layout, "prior_logvar", prior_logvar);
+  a.low = (float)low;
+  a.high = (float)high;
+  a.rows = layout.rows;
+  a.columns = layout.columns;
+  return a;
+}
+
+static void read_noise(const Layout& layout, const MaybeTensor& eps, const MaybeTensor& key,
+                       GaussianArgs& a) {
+  GM_CHECK(eps.has_value() != key.has_value(), layout.op, ": give exactly one of eps and key");
+  if (eps) {
+    a.eps = operand(layout, "eps", *eps);
+    return;
+  }
+  const Key k = read_key(layout.op, *key, 0);
+  GM_CHECK(layout.is_cuda || !k.device, layout.op, ": the key must be on the CPU for CPU tensors");
+  a.key = k.host;
+  a.key_ptr = k.device;
+}
+
+static void run_forward(const Layout& layout, GaussianArgs& a) {
+  if (layout.is_cuda) {
+#if defined(GM_CUDA)
+    CudaScope scope(layout.device);
+    gaussian_forward_cuda(a, scope.stream());
+#endif
+    return;
+  }
+  const GaussianTable& table = select_gaussian_table();
+  const int64_t chunks = chunks_of(layout.columns);
+  std::unique_ptr<double[]> partial(chunks > 1 ? new double[layout.tasks()] : nullptr);
+  a.partial = partial.get();
+  layout.parallel([&](int64_t begin, int64_t end) { table.forward(a, begin, end); });
+  if (chunks == 1) return;
+  for (int64_t row = 0; row < layout.rows; ++row) {
+    double sum = 0.0;
+    for (int64_t c = 0; c < chunks; ++c) sum += partial[row * chunks + c];
+    a.kl[row] = (float)(0.5 * sum);
+  }
+}
+
+static Two reparameterize_kl_forward(const Tensor& mean, const Tensor& logvar,
+                                     const MaybeTensor& prior_mean, const MaybeTensor& prior_logvar,
+                                     const MaybeTensor& eps, const MaybeTensor& key, double low,
+                                     double high) {
+  const Layout layout("reparameterize_kl", mean);
+  GaussianArgs a = read_args(layout, mean, logvar, prior_mean, prior_logvar, low, high);
+  read_noise(layout, eps, key, a);
+  const Tensor z = allocate_like(layout.op, mean), kl = allocate_rows(layout, mean);
+  a.z = result(layout.op, z, layout.columns);
+  a.kl = (float*)kl.data_ptr();
+  run_forward(layout, a);
+  return {z, kl};
+}
+
+static Tensor gaussian_kl_forward(const Tensor& mean, const Tensor& logvar,
+                                  const MaybeTensor& prior_mean, const MaybeTensor& prior_logvar,
+                                  double low, double high) {
+  const Layout layout("gaussian_kl", mean);
+  GaussianArgs a = read_args(layout, mean, logvar, prior_mean, prior_logvar, low, high);
+  const Tensor kl = allocate_rows(layout, mean);
+  a.kl = (float*)kl.data_ptr();
+  run_forward(layout, a);
+  return kl;
+}
+
+static Tensor gaussian_kl_per_dim_forward(const Tensor& mean, const Tensor& logvar,
+                                          const MaybeTensor& prior_mean,
+                                          const MaybeTensor& prior_logvar, double low, double high) {
+  const Layout layout("gaussian_kl_per_dim", mean);
+  GM_CHECK(!layout.is_cuda, layout.op, ": has no CUDA C++ kernel; use backend='triton'");
+  const GaussianArgs a = read_args(layout, mean, logvar, prior_mean, prior_logvar, low, high);
+  const auto sizes = mean.sizes();
+  const Tensor kl =
+      allocate(layout.op, mean, sizes.data() + 1, (int64_t)sizes.size() - 1, ScalarType::Float);
+  const int64_t slabs = (layout.rows + kSlab - 1) / kSlab, columns = layout.columns;
+  const int64_t blocks = (columns + kBlock - 1) / kBlock;
+  std::unique_ptr<double[]> partial(new double[slabs * columns]);
+  const GaussianTable& table = select_gaussian_table();
+  const auto body = [&](int64_t begin, int64_t end) { table.per_dim(a, partial.get(), begin, end); };
+  if (slabs * blocks == 1) {
+    body(0, 1);
+  } else {
+    torch::stable::parallel_for(0, slabs * blocks, 1, body);
+  }
+  float* out = (float*)kl.data_ptr();
+  const double scale = 0.5 / (double)layout.rows;  // no rows: 0 / 0, a mean over nothing
+  for (int64_t d = 0; d < columns; ++d) {
+    double sum = 0.0;
+    for (int64_t s = 0; s < slabs; ++s) sum += partial[s * columns + d];
+    out[d] = (float)(sum * scale);
+  }
+  return kl;
+}
+
+// Gradients of the wanted inputs; bit i of needs stands for input i. What is not wanted stays empty.
+struct Wanted {
+  const Layout& layout;
+  int64_t needs;
+  Tensor operator()(int bit, const MaybeTensor& like, const Tensor& fallback, Result& slot) const {
+    if (!(needs >> bit & 1) || !like) return allocate_nothing(layout.op, fallback);
+    const Tensor gradient = allocate_like(layout.op, *like);
+    slot = result(layout.op, gradient, layout.columns);
+    return gradient;
+  }
+};
+
+static void run_backward(const Layout& layout, const GaussianArgs& a) {
+  if (layout.is_cuda) {
+#if defined(GM_CUDA)
+    CudaScope scope(layout.device);
+    gaussian_backward_cuda(a, scope.stream());
+#endif
+    return;
+  }
+  const GaussianTable& table = select_gaussian_table();
+  layout.parallel([&](int64_t begin, int64_t end) { table.backward(a, begin, end); });
+}
+
+static Five reparameterize_kl_backward(const MaybeTensor& dz, const MaybeTensor& dkl,
+                                       const Tensor& mean, const Tensor& logvar,
+                                       const MaybeTensor& prior_mean,
+                                       const MaybeTensor& prior_logvar, const MaybeTensor& eps,
+                                       const MaybeTensor& key, double low, double high,
+                                       int64_t needs) {
+  const Layout layout("reparameterize_kl_backward", mean);
+  GaussianArgs a = read_args(layout, mean, logvar, prior_mean, prior_logvar, low, high);
+  read_noise(layout, eps, key, a);
+  a.dz = operand(layout, "dz", dz);
+  a.dkl = row_operand(layout, "dkl", dkl);
+  const Wanted wanted{layout, needs};
+  const Tensor dmean = wanted(0, mean, mean, a.dmean), dlogvar = wanted(1, logvar, mean, a.dlogvar);
+  const Tensor dprior_mean = wanted(2, prior_mean, mean, a.dprior_mean);
+  const Tensor dprior_logvar = wanted(3, prior_logvar, mean, a.dprior_logvar);
+  const Tensor deps = wanted(4, eps, mean, a.deps);
+  run_backward(layout, a);
+  return {dmean, dlogvar, dprior_mean, dprior_logvar, deps};
+}
+
+static Four kl_backward(const Layout& layout, GaussianArgs& a, const Tensor& mean,
+                        const Tensor& logvar, const MaybeTensor& prior_mean,
+                        const MaybeTensor& prior_logvar, int64_t needs) {
+  const Wanted wanted{layout, needs};
+  const Tensor dmean = wanted(0, mean, mean, a.dmean), dlogvar = wanted(1, logvar, mean, a.dlogvar);
+  const Tensor dprior_mean = wanted(2, prior_mean, mean, a.dprior_mean);
+  const Tensor dprior_logvar = wanted(3, prior_logvar, mean, a.dprior_logvar);
+  run_backward(layout, a);
+  return {dmean, dlogvar, dprior_mean, dprior_logvar};
+}
+
+static Four gaussian_kl_backward(const Tensor& dkl, const Tensor& mean, const Tensor& logvar,
+                                 const MaybeTensor& prior_mean, const MaybeTensor& prior_logvar,
+                                 double low, double high, int64_t needs) {
+  const Layout layout("gaussian_kl_backward", mean);
+  GaussianArgs a = read_args(layout, mean, logvar, prior_mean, prior_logvar, low, high);
+  a.dkl = row_operand(layout, "dkl", dkl);
+  return kl_backward(layout, a, mean, logvar, prior_mean, prior_logvar, needs);
+}
+
+static Four gaussian_kl_per_dim_backward(const Tensor& dkl, const Tensor& mean, const Tensor& logvar,
+                                         const MaybeTensor& prior_mean,
+                                         const MaybeTensor& prior_logvar, double low, double high,
+                                         int64_t needs) {
+  const Layout layout("gaussian_kl_per_dim_backward", mean);
+  GaussianArgs a = read_args(layout, mean, logvar, prior_mean, prior_logvar, low, high);
+  layout.check_device("dkl", dkl);
+  GM_CHECK(dkl.numel() == layout.columns && dkl.is_contiguous(), layout.op, ": dkl must hold ",
+           layout.columns, " contiguous values, got shape ", shape_text(dkl));
+  a.dkl = {dkl.data_ptr(), 0, 1, float_dtype(layout.op, "dkl", dkl.scalar_type())};
+  a.dkl_scale = 1.0f / (float)layout.rows;
+  return kl_backward(layout, a, mean, logvar, prior_mean, prior_logvar, needs);
+}
+
+#define GM_PARAMETERS "Tensor mean, Tensor logvar, Tensor? prior_mean, Tensor? prior_logvar"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(gmkernels, m) {
+  m.def("reparameterize_kl_forward(" GM_PARAMETERS
+        ", Tensor? eps, Tensor? key, float low, float high) -> (Tensor, Tensor)");
+  m.def("reparameterize_kl_backward(Tensor? dz, Tensor? dkl, " GM_PARAMETERS
+        ", Tensor? eps, Tensor? key, float low, float high, int needs)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("gaussian_kl_forward(" GM_PARAMETERS ", float low, float high) -> Tensor");
+  m.def("gaussian_kl_backward(Tensor dkl, " GM_PARAMETERS
+        ", float low, float high, int needs) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("gaussian_kl_per_dim_forward(" GM_PARAMETERS ", float low, float high) -> Tensor");
+  m.def("gaussian_kl_per_dim_backward(Tensor dkl, " GM_PARAMETERS
+        ", float low, float high, int needs) -> (Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(gmkernels, CompositeExplicitAutograd, m) {
+  m.impl("reparameterize_kl_forward", TORCH_BOX(&reparameterize_kl_forward));
+  m.impl("reparameterize_kl_backward", TORCH_BOX(&reparameterize_kl_backward));
+  m.impl("gaussian_kl_forward", TORCH_BOX(&gaussian_kl_forward));
+  m.impl("gaussian_kl_backward", TORCH_BOX(&gaussian_kl_backward));
+  m.impl("gaussian_kl_per_dim_forward", TORCH_BOX(&gaussian_kl_per_dim_forward));
+  m.impl("gaussian_kl_per_dim_backward", TORCH_BOX(&gaussian_kl_per_dim_backward));
+}
+
+}  // namespace gm

@@ -1,0 +1,256 @@
+"""The one helper that makes an op differentiable, whatever asks for the derivative.
+
+- eager mode: a ctx-style autograd.Function whose backward is a second such Function, both calling the
+  registered operators below autograd;
+- under torch.compile and torch.export: the registered operators themselves, with autograd registered
+  on the forward and on the backward operator;
+- under torch.func and forward-mode AD: the reference formula, which PyTorch differentiates as it is.
+
+Second derivatives are taken through the reference formula everywhere.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._functorch import (
+    get_unwrapped,
+    is_batchedtensor,
+    is_functorch_wrapped_tensor,
+    maybe_current_level,
+)
+from torch.autograd import forward_ad
+
+from gmkernels import dispatch
+from gmkernels.checks import in_rows
+
+Arguments = tuple[Any, ...]
+BelowAutograd = torch._C._AutoDispatchBelowAutograd
+
+
+def is_transformed() -> bool:
+    """Whether a torch.func transform or forward-mode AD is active."""
+    return maybe_current_level() is not None or forward_ad._current_level >= 0
+
+
+def is_batched(x: Any) -> bool:
+    """Whether vmap maps over this tensor at any level."""
+    while isinstance(x, Tensor) and is_functorch_wrapped_tensor(x):
+        if is_batchedtensor(x):
+            return True
+        x = get_unwrapped(x)
+    return False
+
+
+class DifferentiableOp:
+    """An op with a forward and a backward operator on each backend.
+
+    The operators of `name` take `inputs` differentiable tensors (or None) first and constants after
+    them (the noise key, floats, ints); backward takes the `outputs` gradients (or None) before these
+    and a bit mask of the wanted inputs after them, and returns `inputs` gradients, empty where not
+    wanted. Backward reads the inputs alone: nothing else is saved.
+
+    Args:
+        name: of the op, as in the dispatch table.
+        reference: the formula in plain PyTorch on the same arguments, returning a tuple.
+        inputs, outputs: how many tensors.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        reference: Callable[..., tuple[Tensor, ...]],
+        *,
+        inputs: int,
+        outputs: int,
+    ) -> None:
+        self.name = name
+        self.reference = reference
+        self.inputs = inputs
+        self.outputs = outputs
+        self.backward_function = _make_backward_function(self)
+        self.forward_function = _make_forward_function(self)
+        for backend, namespace in dispatch.NAMESPACES.items():
+            if isinstance(dispatch.find(name, backend), dispatch.Kernel):
+                self._register(backend, f"{namespace}::{name}")
+
+    def __call__(self, backend: str, *args: Any) -> tuple[Tensor, ...]:
+        """Runs the op on the backend that dispatch.choose() gave."""
+        if backend == "reference":
+            return self.reference(*args)
+        if torch.compiler.is_compiling():
+            return self.run_forward(backend, args)
+        if is_transformed():
+            return self.reference(*args)
+        tensors = args[: self.inputs]
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+            return self.forward_function.apply(backend, *args)
+        with BelowAutograd():
+            return self.run_forward(backend, args)
+
+    def run_forward(self, backend: str, args: Arguments) -> tuple[Tensor, ...]:
+        results = dispatch.kernel(self.name, backend).forward(*args)
+        return results if self.outputs > 1 else (results,)
+
+    def run_backward(
+        self, backend: str, grads: Arguments, args: Arguments, needs: int
+    ) -> tuple[Tensor, ...]:
+        backward = dispatch.kernel(self.name, backend).backward
+        assert backward is not None
+        rows = (g if g is None else in_rows(g) for g in grads)
+        results = backward(*rows, *args, needs)
+        return results if self.inputs > 1 else (results,)
+
+    def second_derivatives(
+        self, grads: Arguments, args: Arguments, needs: int, cotangents: Arguments
+    ) -> list[Tensor | None]:
+        """Gradients of the backward operator to its gradients and inputs, through the reference."""
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # Aliases: an argument given twice must not collect the other one's gradient.
+            xs = [_alias(x, create_graph) for x in args[: self.inputs]]
+            gs = [_alias(g, create_graph) for g in grads]
+            outs = self.reference(*xs, *args[self.inputs :])
+            pairs = [(o, g) for o, g in zip(outs, gs, strict=True) if g is not None and o.requires_grad]
+            wanted = [x for i, x in enumerate(xs) if needs >> i & 1 and x is not None]
+            firsts = torch.autograd.grad(
+                [o for o, _ in pairs],
+                wanted,
+                [g.to(o.dtype) for o, g in pairs],
+                create_graph=True,
+                allow_unused=True,
+            )
+            given = [c for i, c in enumerate(cotangents) if needs >> i & 1 and args[i] is not None]
+            terms = [
+                (f, c)
+                for f, c in zip(firsts, given, strict=True)
+                if f is not None and c is not None and f.requires_grad
+            ]
+            leaves = [x for x in (*gs, *xs) if x is not None]
+            seconds: list[Tensor | None] = [None] * len(leaves)
+            if terms:
+                seconds = list(
+                    torch.autograd.grad(
+                        [f for f, _ in terms],
+                        leaves,
+                        [c for _, c in terms],
+                        create_graph=create_graph,
+                        allow_unused=True,
+                    )
+                )
+        found = iter(seconds)
+        return [None if x is None else next(found) for x in (*gs, *xs)]
+
+    def _register(self, backend: str, qualified: str) -> None:
+        inputs, outputs = self.inputs, self.outputs
+
+        def setup_forward(ctx: Any, inputs: Arguments, output: Any) -> None:
+            ctx.set_materialize_grads(False)
+            _save(ctx, inputs)
+
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            args = _saved(ctx)
+            if all(g is None for g in grads):
+                return (None,) * len(args)
+            needs = _mask(ctx.needs_input_grad[:inputs])
+            made = self.run_backward(backend, grads, args, needs)
+            return (*_kept(made, args, needs), *(None,) * (len(args) - inputs))
+
+        def setup_backward(ctx: Any, inputs: Arguments, output: Any) -> None:
+            ctx.set_materialize_grads(False)
+            ctx.needs = inputs[-1]
+            _save(ctx, inputs[:-1])
+
+        def second(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+            everything = _saved(ctx)
+            made = self.second_derivatives(
+                everything[:outputs], everything[outputs:], ctx.needs, cotangents
+            )
+            return (*made, *(None,) * (len(everything) + 1 - len(made)))
+
+        torch.library.register_autograd(
+            f"{qualified}_forward", backward, setup_context=setup_forward
+        )
+        torch.library.register_autograd(f"{qualified}_backward", second, setup_context=setup_backward)
+
+
+def _alias(x: Tensor | None, create_graph: bool) -> Tensor | None:
+    if x is None:
+        return None
+    if create_graph and x.requires_grad:
+        return x.view_as(x)
+    return x.detach().requires_grad_()
+
+
+def _mask(needs: tuple[bool, ...]) -> int:
+    return sum(1 << i for i, needed in enumerate(needs) if needed)
+
+
+def _kept(made: tuple[Tensor, ...], args: Arguments, needs: int) -> list[Tensor | None]:
+    return [g if needs >> i & 1 and args[i] is not None else None for i, g in enumerate(made)]
+
+
+def _save(ctx: Any, args: Arguments) -> None:
+    # The key is a tensor, too, and saved like one; what is left are floats and ints.
+    flags = [isinstance(x, Tensor) for x in args]
+    ctx.save_for_backward(*(x for x, is_tensor in zip(args, flags, strict=True) if is_tensor))
+    ctx.constants = [None if is_tensor else x for x, is_tensor in zip(args, flags, strict=True)]
+    ctx.flags = flags
+
+
+def _saved(ctx: Any) -> Arguments:
+    saved = iter(ctx.saved_tensors)
+    return tuple(
+        next(saved) if is_tensor else x for x, is_tensor in zip(ctx.constants, ctx.flags, strict=True)
+    )
+
+
+def _make_forward_function(op: DifferentiableOp) -> type[torch.autograd.Function]:
+    class Forward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, backend: str, *args: Any) -> Any:  # type: ignore[override]
+            ctx.set_materialize_grads(False)
+            ctx.backend = backend
+            _save(ctx, args)
+            with BelowAutograd():
+                return op.run_forward(backend, args)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> Any:  # type: ignore[override]
+            args = _saved(ctx)
+            nothing = (None,) * (len(args) + 1)
+            if all(g is None for g in grads):
+                return nothing
+            needs = _mask(ctx.needs_input_grad[1 : 1 + op.inputs])
+            if torch.is_grad_enabled():
+                made = op.backward_function.apply(ctx.backend, needs, *grads, *args)
+            else:
+                with BelowAutograd():
+                    made = op.run_backward(ctx.backend, grads, args, needs)
+            return (None, *_kept(made, args, needs), *(None,) * (len(args) - op.inputs))
+
+    Forward.__name__ = Forward.__qualname__ = op.name
+    return Forward
+
+
+def _make_backward_function(op: DifferentiableOp) -> type[torch.autograd.Function]:
+    class Backward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, backend: str, needs: int, *args: Any) -> Any:  # type: ignore[override]
+            ctx.set_materialize_grads(False)
+            ctx.needs = needs
+            _save(ctx, args)
+            with BelowAutograd():
+                return op.run_backward(backend, args[: op.outputs], args[op.outputs :], needs)
+
+        @staticmethod
+        def backward(ctx: Any, *cotangents: Tensor | None) -> Any:  # type: ignore[override]
+            everything = _saved(ctx)
+            made = op.second_derivatives(
+                everything[: op.outputs], everything[op.outputs :], ctx.needs, cotangents
+            )
+            return (None, None, *made, *(None,) * (len(everything) - len(made)))
+
+    Backward.__name__ = Backward.__qualname__ = f"{op.name}_backward"
+    return Backward
