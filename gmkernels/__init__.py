@@ -6,13 +6,17 @@ from gmkernels import noise
 from gmkernels.dispatch import explain, reuse_memory, use_backend, use_isa
 from gmkernels.noise import normal, uniform
 from gmkernels.ops.gaussian import gaussian_kl, gaussian_kl_per_dim, reparameterize_kl
+from gmkernels.ops.likelihood import bernoulli_nll, categorical_nll, gaussian_nll
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "bernoulli_nll",
+    "categorical_nll",
     "explain",
     "gaussian_kl",
     "gaussian_kl_per_dim",
+    "gaussian_nll",
     "noise",
     "normal",
     "reparameterize_kl",

@@ -30,7 +30,9 @@ BelowAutograd = torch._C._AutoDispatchBelowAutograd
 
 
 def is_transformed() -> bool:
-    """Whether a torch.func transform or forward-mode AD is active."""
+    """Whether a torch.func transform or forward-mode AD is active; never while Dynamo traces."""
+    if torch.compiler.is_compiling():
+        return False
     return maybe_current_level() is not None or forward_ad._current_level >= 0
 
 

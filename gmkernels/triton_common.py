@@ -15,10 +15,13 @@ from gmkernels.ops.noise import reference as noise_reference
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 DEVICES = ("cpu", "cuda") if INTERPRETED else ("cuda",)
 MAX_TILE = 1024  # elements a program holds in registers at a time
+CHUNK = 8192  # columns of a row that one program sums
 
 _LN = tl.constexpr(noise_reference._LN)
 _SIN = tl.constexpr(noise_reference._SIN)
 _COS = tl.constexpr(noise_reference._COS)
+# NVIDIA's own sequence for sqrt.rn in range. The interpreter has no fma, AMD another rsqrt.
+BRANCHLESS_ROOT = tl.constexpr(not INTERPRETED and torch.version.hip is None)
 
 
 @dataclass(frozen=True)
@@ -91,25 +94,41 @@ def philox(c0, c1, c2, c3, k0, k1):
 
 @triton.jit
 def uniform_from(word):
-    return word.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
+    """float32(word) 2^-32 + 2^-33: the product is exact, so the fused form has the same bits."""
+    return tl.fma(word.to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10)
 
 
 @triton.jit
-def ln_uniform(u):
-    i = u.to(tl.int32, bitcast=True)
-    e = (i - 0x3F3504F3) >> 23
-    f = (i - e * 0x800000).to(tl.float32, bitcast=True) - 1.0
+def sqrt_ieee(x):
+    """The correctly rounded root of -0 or a normal x > 1e-30, with no branch for other x."""
+    if BRANCHLESS_ROOT:
+        y = tl.rsqrt(tl.maximum(x, 1e-30))
+        root = x * y
+        residual = tl.fma(root * -1.0, root, x)
+        return tl.fma(residual, y * 0.5, root)
+    else:
+        return tl.sqrt_rn(x)
+
+
+@triton.jit
+def radius(word):
+    """sqrt(-2 ln u(word)) in ln_uniform()'s steps, scaled by powers of two, fused where exact."""
+    i = uniform_from(word).to(tl.int32, bitcast=True)
+    e = (i - 0x3F3504F3) & -0x800000  # exponent times 2^23
+    f = (i - e).to(tl.float32, bitcast=True) - 1.0
     k = e.to(tl.float32)
-    p = f * _LN[0] + _LN[1]
+    p = f * (2 * _LN[0]) + 2 * _LN[1]
     for j in tl.static_range(2, 8):
-        p = p * f + _LN[j]
-    tail = k * 1.42860676533018518e-06 + f * f * (p * f - 0.5)
-    return (f + tail) + k * 0.693145751953125
+        p = p * f + 2 * _LN[j]
+    tail = k * (2 * 1.42860676533018518e-06 / 8388608) + f * f * (p * f - 1.0)
+    ln_squared = tl.fma(k, 2 * 0.693145751953125 / 8388608, tl.fma(f, 2.0, tail))
+    return sqrt_ieee(ln_squared * -1.0)
 
 
 @triton.jit
-def sincos_turns(u):
-    turns = u * 4.0
+def sincos_turns(word):
+    """sin and cos of 2 pi u(word); 4 u = k + f, |f| <= 1/2."""
+    turns = tl.fma(word.to(tl.float32), 9.313225746154785e-10, 4.656612873077393e-10)
     k = (turns + 0.5).to(tl.int32)
     f = turns - k.to(tl.float32)
     f2 = f * f
@@ -129,25 +148,25 @@ def sincos_turns(u):
 
 @triton.jit
 def normal_pair(w0, w1):
-    r = tl.sqrt_rn(ln_uniform(uniform_from(w0)) * -2.0)
-    sine, cosine = sincos_turns(uniform_from(w1))
+    r = radius(w0)
+    sine, cosine = sincos_turns(w1)
     return r * cosine, r * sine
 
 
 @triton.jit
-def noise_words(key_ptr, row, d4, STREAM: tl.constexpr):
-    """Words of counters (d4, row, STREAM); key_ptr: int64 [2]; row: int64, d4: int32, broadcastable."""
-    seed = tl.load(key_ptr)
-    row, d4 = tl.broadcast(tl.load(key_ptr + 1) + row, d4)
+def load_key(key_ptr):
+    """Two words of the seed and the offset; key_ptr: int64 [2]. Load it before a loop, not in it."""
+    words_ptr = key_ptr.to(tl.pointer_type(tl.uint32))
+    return tl.load(words_ptr), tl.load(words_ptr + 1), tl.load(key_ptr + 1)
+
+
+@triton.jit
+def noise_words(key, row, d4, STREAM: tl.constexpr):
+    """Words of counters (d4, row, STREAM); key from load_key(); row: int64, d4: int32, broadcastable."""
+    row, d4 = tl.broadcast(key[2] + row, d4)
     stream = tl.full(d4.shape, STREAM, tl.uint32)
-    return philox(
-        d4.to(tl.uint32),
-        row.to(tl.uint32),
-        (row >> 32).to(tl.uint32),
-        stream,
-        seed.to(tl.uint32),
-        (seed >> 32).to(tl.uint32),
-    )
+    low, high = row.to(tl.uint32), (row >> 32).to(tl.uint32)
+    return philox(d4.to(tl.uint32), low, high, stream, key[0], key[1])
 
 
 @triton.jit
@@ -157,22 +176,28 @@ def interleave4(x0, x1, x2, x3, R: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def normal_tile(key_ptr, row, column, STREAM: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+def normals(key, row, column, STREAM: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
     """Standard normals [R, C]: row int64 [R, 1], column the first of C, a multiple of 4."""
     d4 = (column // 4 + tl.arange(0, C // 4))[None, :]
-    w0, w1, w2, w3 = noise_words(key_ptr, row, d4, STREAM)
+    w0, w1, w2, w3 = noise_words(key, row, d4, STREAM)
     n0, n1 = normal_pair(w0, w1)
     n2, n3 = normal_pair(w2, w3)
     return interleave4(n0, n1, n2, n3, R, C)
 
 
 @triton.jit
-def uniform_tile(key_ptr, row, column, STREAM: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
-    """Uniforms in (0, 1] [R, C], as normal_tile."""
+def uniforms(key, row, column, STREAM: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    """Uniforms in (0, 1] [R, C], as normals()."""
     d4 = (column // 4 + tl.arange(0, C // 4))[None, :]
-    w0, w1, w2, w3 = noise_words(key_ptr, row, d4, STREAM)
+    w0, w1, w2, w3 = noise_words(key, row, d4, STREAM)
     u0, u1, u2, u3 = uniform_from(w0), uniform_from(w1), uniform_from(w2), uniform_from(w3)
     return interleave4(u0, u1, u2, u3, R, C)
+
+
+@triton.jit
+def normal_tile(key_ptr, row, column, STREAM: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    """normals() with the key loaded on the spot."""
+    return normals(load_key(key_ptr), row, column, STREAM, R, C)
 
 
 @triton.jit
@@ -204,3 +229,22 @@ def load_tile(ptr, row, d, stride, mask, PRESENT: tl.constexpr):
         return tl.load(ptr + row * stride + d, mask=mask, other=0.0).to(tl.float32)
     else:
         return tl.zeros(mask.shape, tl.float32)
+
+
+@triton.jit
+def log1p_unit(t):
+    """log1p(t) for t in [0, 1]."""
+    upper = t > 0.41421356
+    f = tl.where(upper, t * 0.5 - 0.5, t)
+    p = f * _LN[0] + _LN[1]
+    for j in tl.static_range(2, 8):
+        p = p * f + _LN[j]
+    tail = f * f * (p * f - 0.5)
+    return tl.where(upper, (f + (tail + 1.42860676533018518e-06)) + 0.693145751953125, f + tail)
+
+
+@triton.jit
+def sigmoid(s):
+    """1 / (1 + exp(-s)) without overflow."""
+    e = tl.exp(-tl.abs(s))
+    return tl.where(s < 0.0, e, 1.0) / (1.0 + e)

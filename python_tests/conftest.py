@@ -4,7 +4,9 @@ On a GPU pytest runs twice: as it is, and under TRITON_INTERPRET=1, which then t
 """
 
 import os
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +17,25 @@ from gmkernels import dispatch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ["cpu"] if INTERPRETED or not torch.cuda.is_available() else ["cpu", "cuda"]
+
+
+def _round_to_bfloat16() -> None:
+    # Triton's compiler rounds float32 to bfloat16 to nearest even; its interpreter (3.7) truncates.
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def converted(x: np.ndarray, source: Any, target: Any, rounding: Any) -> np.ndarray:
+        if source.is_fp32() and target.is_bf16():
+            rounded = torch.from_numpy(np.array(x, np.float32)).to(torch.bfloat16)
+            return rounded.view(torch.int16).numpy().view(np.uint16)
+        return convert(x, source, target, rounding)
+
+    interpreter._convert_float = converted
+
+
+if INTERPRETED and dispatch.triton is not None:
+    _round_to_bfloat16()
 
 
 @pytest.fixture(params=DEVICES)
@@ -35,3 +56,12 @@ def backends(device: str) -> list[str]:
 def isas() -> list[str]:
     """The instruction sets that this CPU and build run, portable first."""
     return dispatch.extension.available_isas()
+
+
+@pytest.fixture(params=dispatch.BACKENDS)
+def backend(request: pytest.FixtureRequest, device: str) -> str:
+    """Each backend in turn; one that this device lacks is skipped with dispatch's own reason."""
+    reason = dispatch.why_not("normal", request.param, device, False)
+    if reason is not None:
+        pytest.skip(f"{request.param}: {reason}")
+    return request.param

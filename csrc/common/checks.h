@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -62,13 +63,28 @@ struct Layout {
 
   int64_t tasks() const { return rows * chunks_of(columns); }
 
-  // Runs body(begin, end) over tasks on torch's threads; a thread gets at least 2^14 elements.
+  // Runs body(begin, end) over tasks on torch's threads; a thread gets at least 2^14 elements of work,
+  // counting `weight` for each element.
   template <class Body>
-  void parallel(const Body& body) const {
-    const int64_t per_task = columns < kChunk ? (columns < 16 ? 16 : columns) : kChunk;
+  void parallel(const Body& body, int64_t weight = 1) const {
+    const int64_t per_task = (columns < kChunk ? (columns < 16 ? 16 : columns) : kChunk) * weight;
     const int64_t grain = (1 << 14) / per_task + 1;
     if (tasks() <= grain) return body((int64_t)0, tasks());
     torch::stable::parallel_for(0, tasks(), grain, body);
+  }
+
+  // out[row] = scale * sum of the row + bias, where body(sums, begin, end) sums each task. The order
+  // of addition follows from the shape alone.
+  template <class Body>
+  void sum_rows(float* out, double scale, double bias, const Body& body, int64_t weight = 1) const {
+    const std::unique_ptr<double[]> sums(new double[tasks()]);
+    parallel([&](int64_t begin, int64_t end) { body(sums.get(), begin, end); }, weight);
+    const int64_t chunks = chunks_of(columns);
+    for (int64_t row = 0; row < rows; ++row) {
+      double sum = 0.0;
+      for (int64_t c = 0; c < chunks; ++c) sum += sums[row * chunks + c];
+      out[row] = (float)(scale * sum + bias);
+    }
   }
 };
 
@@ -148,6 +164,18 @@ inline Result result(const char* op, const Tensor& y, int64_t columns) {
   if (y.numel() == 0) return {};
   return {y.data_ptr(), columns, float_dtype(op, "output", y.scalar_type())};
 }
+
+// Gradients of the wanted inputs; bit i of needs stands for input i. What is not wanted stays empty.
+struct Wanted {
+  const Layout& layout;
+  int64_t needs;
+  Tensor operator()(int bit, const MaybeTensor& like, const Tensor& fallback, Result& slot) const {
+    if (!(needs >> bit & 1) || !like) return allocate_nothing(layout.op, fallback);
+    const Tensor gradient = allocate_like(layout.op, *like);
+    slot = result(layout.op, gradient, layout.columns);
+    return gradient;
+  }
+};
 
 // A key tensor of two int64 (seed, offset): read here on the CPU, handed on as a pointer on the GPU.
 struct Key {

@@ -52,91 +52,124 @@ static __device__ __forceinline__ uint32_t narrow_pair(const float* x, __half) {
   return word;
 }
 
-// N values in one access of N * sizeof(T) bytes, 8 or 16.
+// Group g of a row of vectors: N values in one access of 8 or 16 bytes.
 template <int N>
-static __device__ __forceinline__ void load_vector(const float* p, float (&x)[N]) {
+static __device__ __forceinline__ void load_vector(const float* row, int g, float (&x)[N]) {
   static_assert(N == 4, "16 bytes");
-  const float4 v = *(const float4*)p;
+  const float4 v = ((const float4*)row)[g];
   x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
 }
 template <class H, int N>
-static __device__ __forceinline__ void load_vector(const H* p, float (&x)[N]) {
+static __device__ __forceinline__ void load_vector(const H* row, int g, float (&x)[N]) {
   static_assert(N == 4 || N == 8, "8 or 16 bytes");
   if constexpr (N == 8) {
-    const uint4 v = *(const uint4*)p;
+    const uint4 v = ((const uint4*)row)[g];
     widen_pair(v.x, x, H{}), widen_pair(v.y, x + 2, H{});
     widen_pair(v.z, x + 4, H{}), widen_pair(v.w, x + 6, H{});
   } else {
-    const uint2 v = *(const uint2*)p;
+    const uint2 v = ((const uint2*)row)[g];
     widen_pair(v.x, x, H{}), widen_pair(v.y, x + 2, H{});
   }
 }
 template <int N>
-static __device__ __forceinline__ void store_vector(float* p, const float (&x)[N]) {
+static __device__ __forceinline__ void store_vector(float* row, int g, const float (&x)[N]) {
   static_assert(N == 4, "16 bytes");
-  *(float4*)p = make_float4(x[0], x[1], x[2], x[3]);
+  ((float4*)row)[g] = make_float4(x[0], x[1], x[2], x[3]);
 }
 template <class H, int N>
-static __device__ __forceinline__ void store_vector(H* p, const float (&x)[N]) {
+static __device__ __forceinline__ void store_vector(H* row, int g, const float (&x)[N]) {
   static_assert(N == 4 || N == 8, "8 or 16 bytes");
   if constexpr (N == 8) {
-    *(uint4*)p = make_uint4(narrow_pair(x, H{}), narrow_pair(x + 2, H{}), narrow_pair(x + 4, H{}),
-                            narrow_pair(x + 6, H{}));
+    ((uint4*)row)[g] = make_uint4(narrow_pair(x, H{}), narrow_pair(x + 2, H{}),
+                                  narrow_pair(x + 4, H{}), narrow_pair(x + 6, H{}));
   } else {
-    *(uint2*)p = make_uint2(narrow_pair(x, H{}), narrow_pair(x + 2, H{}));
+    ((uint2*)row)[g] = make_uint2(narrow_pair(x, H{}), narrow_pair(x + 2, H{}));
   }
 }
 
-// The group of N at p, of which `count` values exist; the others are 0.
+// Group g of a row, N columns, of which `count` exist; the others read as 0.
 template <bool kVector, class T, int N>
-static __device__ __forceinline__ void load_group(const T* p, int count, float (&x)[N]) {
+static __device__ __forceinline__ void load_group(const T* row, int g, int count, float (&x)[N]) {
   if constexpr (kVector) {
-    load_vector(p, x);
+    load_vector(row, g, x);
   } else {
 #pragma unroll
-    for (int i = 0; i < N; ++i) x[i] = i < count ? widen(p[i]) : 0.0f;
+    for (int i = 0; i < N; ++i) x[i] = i < count ? widen(row[g * N + i]) : 0.0f;
   }
 }
 template <bool kVector, class T, int N>
-static __device__ __forceinline__ void store_group(T* p, int count, const float (&x)[N]) {
+static __device__ __forceinline__ void store_group(T* row, int g, int count, const float (&x)[N]) {
   if constexpr (kVector) {
-    store_vector(p, x);
+    store_vector(row, g, x);
   } else {
 #pragma unroll
     for (int i = 0; i < N; ++i)
-      if (i < count) narrow(x[i], p[i]);
+      if (i < count) narrow(x[i], row[g * N + i]);
   }
 }
 
-// One row chunk of an operand: load<kVector>(d, count, x) reads the group at column d of the chunk.
-// An absent operand reads as 0.
+// One row chunk of an operand.
 template <class T>
 struct RowIn {
-  const T* p;
+  const T* row;
 
-  __device__ RowIn(const Operand& x, int64_t row, int64_t start)
-      : p(x.data ? (const T*)x.data + row * x.row_stride + start : nullptr) {}
+  __device__ __forceinline__ RowIn(const Operand& x, int64_t b, int64_t start)
+      : row((const T*)x.data + b * x.row_stride + start) {}
   template <bool kVector, int N>
-  __device__ __forceinline__ void load(int d, int count, float (&x)[N]) const {
-    load_group<kVector>(p + d, count, x);
+  __device__ __forceinline__ void load(int g, int count, float (&x)[N]) const {
+    load_group<kVector>(row, g, count, x);
   }
 };
-
-// The same for a dtype known by its tag, and for a stride of 0 within the row.
 template <>
 struct RowIn<Any> {
-  const Operand& x;
+  const void* data;
   int64_t at;
+  DType dtype;
 
-  __device__ RowIn(const Operand& x, int64_t row, int64_t start)
-      : x(x), at(row * x.row_stride + start * x.stride) {}
+  __device__ __forceinline__ RowIn(const Operand& x, int64_t b, int64_t start)
+      : data(x.data), at(b * x.row_stride + start), dtype(x.dtype) {}
   template <bool kVector, int N>
-  __device__ __forceinline__ void load(int d, int count, float (&out)[N]) const {
-    const int64_t i = at + d;
-    switch (x.dtype) {
-      case DType::bf16: return load_group<kVector>((const __nv_bfloat16*)x.data + i, count, out);
-      case DType::f16: return load_group<kVector>((const __half*)x.data + i, count, out);
-      default: return load_group<kVector>((const float*)x.data + i, count, out);
-    }
+  __device__ __forceinline__ void load(int g, int count, float (&x)[N]) const {
+    if (dtype == DType::f32) return load_group<kVector>((const float*)data + at, g, count, x);
+    if (dtype == DType::f16) return load_group<kVector>((const __half*)data + at, g, count, x);
+    load_group<kVector>((const __nv_bfloat16*)data + at, g, count, x);
   }
 };
+
+// One row chunk of a result.
+template <class T>
+struct RowOut {
+  T* row;
+
+  __device__ __forceinline__ RowOut(const Result& y, int64_t b, int64_t start)
+      : row((T*)y.data + b * y.row_stride + start) {}
+  template <bool kVector, int N>
+  __device__ __forceinline__ void store(int g, int count, const float (&x)[N]) const {
+    store_group<kVector>(row, g, count, x);
+  }
+};
+template <>
+struct RowOut<Any> {
+  void* data;
+  int64_t at;
+  DType dtype;
+
+  __device__ __forceinline__ RowOut(const Result& y, int64_t b, int64_t start)
+      : data(y.data), at(b * y.row_stride + start), dtype(y.dtype) {}
+  template <bool kVector, int N>
+  __device__ __forceinline__ void store(int g, int count, const float (&x)[N]) const {
+    if (dtype == DType::f32) return store_group<kVector>((float*)data + at, g, count, x);
+    if (dtype == DType::f16) return store_group<kVector>((__half*)data + at, g, count, x);
+    store_group<kVector>((__nv_bfloat16*)data + at, g, count, x);
+  }
+};
+
+// One value by its tag.
+static __device__ __forceinline__ float read_value(const Operand& x, int64_t i) {
+  if (x.dtype == DType::f32) return ((const float*)x.data)[i];
+  if (x.dtype == DType::f16) return widen(((const __half*)x.data)[i]);
+  return widen(((const __nv_bfloat16*)x.data)[i]);
+}
+
+}  // namespace device
+}  // namespace gm

@@ -50,16 +50,9 @@ static void run_forward(const Layout& layout, GaussianArgs& a) {
     return;
   }
   const GaussianTable& table = select_gaussian_table();
-  const int64_t chunks = chunks_of(layout.columns);
-  std::unique_ptr<double[]> partial(chunks > 1 ? new double[layout.tasks()] : nullptr);
-  a.partial = partial.get();
-  layout.parallel([&](int64_t begin, int64_t end) { table.forward(a, begin, end); });
-  if (chunks == 1) return;
-  for (int64_t row = 0; row < layout.rows; ++row) {
-    double sum = 0.0;
-    for (int64_t c = 0; c < chunks; ++c) sum += partial[row * chunks + c];
-    a.kl[row] = (float)(0.5 * sum);
-  }
+  layout.sum_rows(a.kl, 0.5, 0.0, [&](double* sums, int64_t begin, int64_t end) {
+    table.forward(a, sums, begin, end);
+  });
 }
 
 static Two reparameterize_kl_forward(const Tensor& mean, const Tensor& logvar,
@@ -115,18 +108,6 @@ static Tensor gaussian_kl_per_dim_forward(const Tensor& mean, const Tensor& logv
   }
   return kl;
 }
-
-// Gradients of the wanted inputs; bit i of needs stands for input i. What is not wanted stays empty.
-struct Wanted {
-  const Layout& layout;
-  int64_t needs;
-  Tensor operator()(int bit, const MaybeTensor& like, const Tensor& fallback, Result& slot) const {
-    if (!(needs >> bit & 1) || !like) return allocate_nothing(layout.op, fallback);
-    const Tensor gradient = allocate_like(layout.op, *like);
-    slot = result(layout.op, gradient, layout.columns);
-    return gradient;
-  }
-};
 
 static void run_backward(const Layout& layout, const GaussianArgs& a) {
   if (layout.is_cuda) {
@@ -187,9 +168,10 @@ static Four gaussian_kl_per_dim_backward(const Tensor& dkl, const Tensor& mean, 
   const Layout layout("gaussian_kl_per_dim_backward", mean);
   GaussianArgs a = read_args(layout, mean, logvar, prior_mean, prior_logvar, low, high);
   layout.check_device("dkl", dkl);
-  GM_CHECK(dkl.numel() == layout.columns && dkl.is_contiguous(), layout.op, ": dkl must hold ",
-           layout.columns, " contiguous values, got shape ", shape_text(dkl));
-  a.dkl = {dkl.data_ptr(), 0, 1, float_dtype(layout.op, "dkl", dkl.scalar_type())};
+  GM_CHECK(dkl.numel() == layout.columns, layout.op, ": dkl must hold ", layout.columns,
+           " values, got shape ", shape_text(dkl));
+  const Tensor row = torch::stable::contiguous(dkl);
+  a.dkl = {row.data_ptr(), 0, 1, float_dtype(layout.op, "dkl", row.scalar_type())};
   a.dkl_scale = 1.0f / (float)layout.rows;
   return kl_backward(layout, a, mean, logvar, prior_mean, prior_logvar, needs);
 }

@@ -18,8 +18,7 @@ struct GaussianArgs {
   int64_t rows, columns;
   // Forward.
   Result z;                   // null for gaussian_kl
-  float* kl = nullptr;        // [B], nats
-  double* partial = nullptr;  // [B, chunks] scratch where a row has more than one chunk
+  float* kl = nullptr;  // [B], nats; written by CUDA, on the CPU by sum_rows() from the sums
   // Backward. dkl is one value a row (stride 0), or one a column (row_stride 0) for the means over B.
   Operand dz, dkl;
   float dkl_scale = 1.0f;
@@ -31,7 +30,8 @@ struct GaussianArgs {
 constexpr int64_t kSlab = 256;  // rows that one task of gaussian_kl_per_dim sums
 
 struct GaussianTable {
-  void (*forward)(const GaussianArgs& args, int64_t begin, int64_t end);
+  // sums [tasks]: twice the KL of each chunk.
+  void (*forward)(const GaussianArgs& args, double* sums, int64_t begin, int64_t end);
   void (*backward)(const GaussianArgs& args, int64_t begin, int64_t end);
   // partial [slabs, D]: sums over the rows of each slab.
   void (*per_dim)(const GaussianArgs& args, double* partial, int64_t begin, int64_t end);

@@ -36,26 +36,23 @@ static double forward_block(const GaussianArgs& a, int64_t row, int64_t at, int6
 }
 
 template <bool kPrior, bool kSample>
-static void forward_tasks(const GaussianArgs& a, int64_t begin, int64_t end) {
+static void forward_tasks(const GaussianArgs& a, double* sums, int64_t begin, int64_t end) {
   for_chunks(a.columns, begin, end, [&](int64_t task, int64_t row, int64_t start, int64_t n) {
     double sum = 0.0;
     for_blocks(start, n, [&](int64_t at, int64_t count) {
       sum += forward_block<kPrior, kSample>(a, row, at, count);
     });
-    if (a.partial) {
-      a.partial[task] = sum;
-    } else {
-      a.kl[row] = (float)(0.5 * sum);
-    }
+    sums[task] = sum;
   });
 }
 
-static void forward(const GaussianArgs& a, int64_t begin, int64_t end) {
+static void forward(const GaussianArgs& a, double* sums, int64_t begin, int64_t end) {
   if (a.z.data) {
-    a.has_prior() ? forward_tasks<true, true>(a, begin, end) : forward_tasks<false, true>(a, begin, end);
+    a.has_prior() ? forward_tasks<true, true>(a, sums, begin, end)
+                  : forward_tasks<false, true>(a, sums, begin, end);
   } else {
-    a.has_prior() ? forward_tasks<true, false>(a, begin, end)
-                  : forward_tasks<false, false>(a, begin, end);
+    a.has_prior() ? forward_tasks<true, false>(a, sums, begin, end)
+                  : forward_tasks<false, false>(a, sums, begin, end);
   }
 }
 

@@ -11,6 +11,7 @@ from gmkernels import dispatch
 from gmkernels.ops.gaussian import outputs
 from gmkernels.triton_common import DEVICES as _DEVICES
 from gmkernels.triton_common import (
+    CHUNK,
     clamp,
     excess,
     exp_tail,
@@ -23,7 +24,6 @@ from gmkernels.triton_common import (
 )
 
 DEVICES = dict.fromkeys(("reparameterize_kl", "gaussian_kl", "gaussian_kl_per_dim"), _DEVICES)
-_CHUNK = 8192  # columns a program sums
 _SLAB = 1024  # rows a program of the per-dimension sums reads
 
 
@@ -227,7 +227,7 @@ def _launch_forward(
 ) -> Tensor:
     rows, columns = mean.shape[0], math.prod(mean.shape[1:])
     r, c = tile(rows, columns)
-    chunks = max(1, triton.cdiv(columns, _CHUNK))
+    chunks = max(1, triton.cdiv(columns, CHUNK))
     sums = torch.empty((rows, chunks), dtype=torch.float32, device=mean.device)
     operands = (mean, logvar, prior_mean, prior_logvar, eps)
     launch(
@@ -246,7 +246,7 @@ def _launch_forward(
         PRIOR_LOGVAR=prior_logvar is not None,
         EPS=eps is not None,
         SAMPLE=z is not None,
-        CHUNK=_CHUNK,
+        CHUNK=CHUNK,
         R=r,
         C=c,
     )
@@ -407,7 +407,7 @@ def gaussian_kl_per_dim_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of mean, logvar, prior_mean and prior_logvar, empty where not wanted."""
     a = (mean, logvar, prior_mean, prior_logvar)
-    dm, dl, dpm, dpl, _ = _launch_backward(None, dkl, False, *a, None, None, low, high, needs)
+    dm, dl, dpm, dpl, _ = _launch_backward(None, dkl.contiguous(), False, *a, None, None, low, high, needs)
     return dm, dl, dpm, dpl
 
 

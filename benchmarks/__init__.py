@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks`; a static report on GPU kernels: `python -m benchmarks.static_gpu`."""

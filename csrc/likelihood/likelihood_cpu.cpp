@@ -1,0 +1,193 @@
+#include "likelihood/likelihood.h"
+
+#include "common/block.h"
+
+namespace gm {
+namespace GM_ISA {
+
+template <bool kLogvar>
+static void gaussian_tasks(const LikelihoodArgs& a, double* sums, int64_t begin, int64_t end) {
+  for_chunks(a.columns, begin, end, [&](int64_t task, int64_t row, int64_t start, int64_t n) {
+    double total = 0.0;
+    for_blocks(start, n, [&](int64_t at, int64_t count) {
+      Buffer buffers[3];
+      const float* x = load_block(a.x, row, at, count, buffers[0]);
+      const float* m = load_block(a.mean, row, at, count, buffers[1]);
+      const float* l = kLogvar ? load_block(a.logvar, row, at, count, buffers[2]) : x;
+      BlockSum sum;
+      for_vectors(count, [&](auto lane, int64_t i) {
+        using F = decltype(lane);
+        const F gap = load<F>(x + i) - load<F>(m + i);
+        if constexpr (kLogvar) {
+          const F logvar = load<F>(l + i);
+          sum.add(fma(gap * gap, exp(-logvar), logvar));
+        } else {
+          sum.add(gap * gap);
+        }
+      });
+      total += sum.total();
+    });
+    sums[task] = total;
+  });
+}
+
+static void gaussian(const LikelihoodArgs& a, double* sums, int64_t begin, int64_t end) {
+  a.logvar.data ? gaussian_tasks<true>(a, sums, begin, end) : gaussian_tasks<false>(a, sums, begin, end);
+}
+
+static void gaussian_backward(const LikelihoodArgs& a, double* sums, int64_t begin, int64_t end) {
+  for_chunks(a.columns, begin, end, [&](int64_t task, int64_t row, int64_t start, int64_t n) {
+    double total = 0.0;
+    for_blocks(start, n, [&](int64_t at, int64_t count) {
+      Buffer buffers[7];
+      const float* x = load_block(a.x, row, at, count, buffers[0]);
+      const float* m = load_block(a.mean, row, at, count, buffers[1]);
+      const float* l = load_block(a.logvar, row, at, count, buffers[2]);
+      const float* g = load_block(a.dnll, row, at, count, buffers[3]);
+      float* dx = open_block(a.dx, row, at, buffers[4]);
+      float* dm = open_block(a.dmean, row, at, buffers[5]);
+      float* dl = open_block(a.dlogvar, row, at, buffers[6]);
+      BlockSum sum;
+      for_vectors(count, [&](auto lane, int64_t i) {
+        using F = decltype(lane);
+        const F gap = load<F>(x + i) - load<F>(m + i), dnll = load<F>(g + i);
+        const F scaled = gap * exp(-load<F>(l + i));
+        const F slope = dnll * scaled;
+        const F dlogvar = dnll * 0.5f * fma(-gap, scaled, splat<F>(1.0f));
+        sum.add(dlogvar);
+        store<F>(dx + i, slope);
+        store<F>(dm + i, -slope);
+        store<F>(dl + i, dlogvar);
+      });
+      total += sum.total();
+      close_block(a.dx, row, at, count, buffers[4]);
+      close_block(a.dmean, row, at, count, buffers[5]);
+      close_block(a.dlogvar, row, at, count, buffers[6]);
+    });
+    if (sums) sums[task] = total;
+  });
+}
+
+static void bernoulli(const LikelihoodArgs& a, double* sums, int64_t begin, int64_t end) {
+  for_chunks(a.columns, begin, end, [&](int64_t task, int64_t row, int64_t start, int64_t n) {
+    double total = 0.0;
+    for_blocks(start, n, [&](int64_t at, int64_t count) {
+      Buffer buffers[2];
+      const float* x = load_block(a.x, row, at, count, buffers[0]);
+      const float* s = load_block(a.mean, row, at, count, buffers[1]);
+      BlockSum sum;
+      for_vectors(count, [&](auto lane, int64_t i) {
+        using F = decltype(lane);
+        sum.add(bernoulli_term(load<F>(x + i), load<F>(s + i)));
+      });
+      total += sum.total();
+    });
+    sums[task] = total;
+  });
+}
+
+static void bernoulli_backward(const LikelihoodArgs& a, int64_t begin, int64_t end) {
+  for_chunks(a.columns, begin, end, [&](int64_t, int64_t row, int64_t start, int64_t n) {
+    for_blocks(start, n, [&](int64_t at, int64_t count) {
+      Buffer buffers[5];
+      const float* x = load_block(a.x, row, at, count, buffers[0]);
+      const float* s = load_block(a.mean, row, at, count, buffers[1]);
+      const float* g = load_block(a.dnll, row, at, count, buffers[2]);
+      float* dx = open_block(a.dx, row, at, buffers[3]);
+      float* ds = open_block(a.dmean, row, at, buffers[4]);
+      for_vectors(count, [&](auto lane, int64_t i) {
+        using F = decltype(lane);
+        const F logit = load<F>(s + i), dnll = load<F>(g + i);
+        store<F>(dx + i, -(dnll * logit));
+        store<F>(ds + i, dnll * (sigmoid(logit) - load<F>(x + i)));
+      });
+      close_block(a.dx, row, at, count, buffers[3]);
+      close_block(a.dmean, row, at, count, buffers[4]);
+    });
+  });
+}
+
+static inline int64_t level_at(const CategoricalArgs& a, int64_t row, int64_t d) {
+  const int64_t at = row * a.levels_row_stride + d;
+  if (a.levels_dtype == DType::i64) return ((const int64_t*)a.levels)[at];
+  if (a.levels_dtype == DType::i32) return ((const int32_t*)a.levels)[at];
+  return ((const uint8_t*)a.levels)[at];
+}
+
+// Runs body(F{}, vector of logits, first level, count) over the logits of one position; the last
+// vector is padded with -inf, which adds nothing to a sum of exponentials.
+template <class Body>
+static inline void for_logits(const CategoricalArgs& a, int64_t row, int64_t d, Body body) {
+  Buffer buffer;
+  for_blocks(0, a.size, [&](int64_t at, int64_t n) {
+    const float* s = load_block(a.logits, row, d * a.size + at, n, buffer);
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) body(load<vf>(s + i), at + i, (int64_t)kLanes);
+    if (i < n) {
+      vf last = splat<vf>(-__builtin_inff());
+      memcpy(&last, s + i, (n - i) * sizeof(float));
+      body(last, at + i, n - i);
+    }
+  });
+}
+
+// The largest logit of one position and the sum of exp(s - top) over its levels.
+struct Softmax {
+  float top, sum;
+};
+
+static inline Softmax softmax(const CategoricalArgs& a, int64_t row, int64_t d) {
+  vf highest = splat<vf>(-__builtin_inff());
+  for_logits(a, row, d, [&](vf s, int64_t, int64_t) { highest = select(s > highest, s, highest); });
+  const float top = max_lanes(highest);
+  vf sum{};
+  for_logits(a, row, d, [&](vf s, int64_t, int64_t) { sum += exp(s - top); });
+  return {top, sum_lanes(sum)};
+}
+
+static void categorical(const CategoricalArgs& a, double* sums, int64_t begin, int64_t end) {
+  for_chunks(a.columns, begin, end, [&](int64_t task, int64_t row, int64_t start, int64_t n) {
+    double total = 0.0;
+    for (int64_t d = start; d < start + n; ++d) {
+      const int64_t level = level_at(a, row, d);
+      if (level < 0 || level >= a.size) {
+        total += __builtin_nan("");
+        continue;
+      }
+      Buffer one;
+      const Softmax p = softmax(a, row, d);
+      const float chosen = *load_block(a.logits, row, d * a.size + level, 1, one);
+      total += (double)((p.top - chosen) + log(p.sum));
+    }
+    sums[task] = total;
+  });
+}
+
+static void categorical_backward(const CategoricalArgs& a, int64_t begin, int64_t end) {
+  for_chunks(a.columns, begin, end, [&](int64_t, int64_t row, int64_t start, int64_t n) {
+    Buffer one, buffer;
+    const float dnll = *load_block(a.dnll, row, 0, 1, one);
+    for (int64_t d = start; d < start + n; ++d) {
+      const int64_t level = level_at(a, row, d);
+      const bool inside = level >= 0 && level < a.size;
+      const float g = inside ? dnll : __builtin_nanf("");
+      const Softmax p = softmax(a, row, d);
+      const float scale = 1.0f / p.sum;
+      for_logits(a, row, d, [&](vf s, int64_t first, int64_t count) {
+        vf gradient = exp(s - p.top) * scale;
+        if (level >= first && level < first + count) gradient[level - first] -= 1.0f;
+        gradient *= g;
+        float* out = open_block(a.dlogits, row, d * a.size + first, buffer);
+        memcpy(out, &gradient, count * sizeof(float));
+        close_block(a.dlogits, row, d * a.size + first, count, buffer);
+      });
+    }
+  });
+}
+
+extern const LikelihoodTable likelihood_table = {gaussian,           gaussian_backward,
+                                                 bernoulli,          bernoulli_backward,
+                                                 categorical,        categorical_backward};
+
+}  // namespace GM_ISA
+}  // namespace gm

@@ -1,0 +1,225 @@
+"""`python -m gmkernels train MODEL ...` and `python -m gmkernels sample RUN ...`."""
+
+import argparse
+import dataclasses
+import importlib.util
+import inspect
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from gmkernels import checkpoint, data, noise, train
+
+DEFAULTS: dict[str, Any] = {
+    "data": "digits",
+    "steps": 2000,
+    "batch_size": 100,
+    "lr": 5e-3,
+    "weight_decay": 1e-2,
+    "seed": 0,
+    "every": 200,
+    "device": "cpu",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors on one line, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text!r}")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a finite number >= 0, got {text!r}")
+    return value
+
+
+def _seed(text: str) -> int:
+    try:
+        noise.key(value := int(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be an integer in [-2^63, 2^63), got {text!r}"
+        ) from None
+    return value
+
+
+def parse_options(build: Callable[..., Any], given: list[str]) -> dict[str, Any]:
+    """Keyword arguments of `build` from NAME=VALUE pairs, typed like its defaults, and the rest."""
+    parameters = inspect.signature(build).parameters.values()
+    options = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    for pair in given:
+        name, equals, text = pair.partition("=")
+        if name not in options or not equals:
+            raise ValueError(
+                f"--option must be NAME=VALUE with NAME of {', '.join(options)}, got {pair!r}"
+            )
+        kind = type(options[name])
+        try:
+            options[name] = {"true": True, "false": False}[text] if kind is bool else kind(text)
+        except (KeyError, ValueError):
+            kinds = {bool: "true or false", int: "a whole number", float: "a number"}
+            raise ValueError(f"--option {name} must be {kinds[kind]}, got {text!r}") from None
+    return options
+
+
+def _new_config(args: argparse.Namespace) -> tuple[train.Config, data.Images]:
+    chosen = {name: getattr(args, name) for name in DEFAULTS if getattr(args, name) is not None}
+    settings = DEFAULTS | {"threads": args.threads or torch.get_num_threads()} | chosen
+    options = parse_options(train.RECIPES[args.model].build, args.option)
+    images = data.images(settings["data"])
+    config = train.Config(
+        model=args.model,
+        options=options,
+        height=images.height,
+        width=images.width,
+        levels=images.levels,
+        **settings,
+    )
+    return config, images
+
+
+def _old_config(args: argparse.Namespace) -> tuple[train.Config, data.Images]:
+    if not (args.out / train.CONFIG).is_file():
+        raise ValueError(
+            f"--resume: there is no run in {args.out}; leave --resume out to start one"
+        )
+    config = train.read_config(args.out)
+    given = {name: getattr(args, name) for name in ("model", "threads", *DEFAULTS)}
+    if args.option:
+        changed = parse_options(train.RECIPES[args.model].build, args.option)
+        names = [pair.partition("=")[0] for pair in args.option]
+        given["options"] = config.options | {name: changed[name] for name in names}
+    for name, value in given.items():
+        stored = getattr(config, name)
+        if value is not None and value != stored:
+            raise ValueError(
+                f"--resume: {name} is {stored} in {args.out}, {value} on the command line; "
+                "leave it out, or start another run"
+            )
+    images = data.images(config.data)
+    found = (images.height, images.width, images.levels)
+    if found != (config.height, config.width, config.levels):
+        raise ValueError(f"--resume: the images of {config.data} have changed to {found}")
+    return config, images
+
+
+def prepare_train(args: argparse.Namespace) -> Callable[[], None]:
+    """Checks everything that can be wrong, then makes the folder; returns what is left to do."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("samples.png needs matplotlib; pip install matplotlib")
+    if not args.resume and args.out.exists() and (args.out.is_file() or any(args.out.iterdir())):
+        raise ValueError(
+            f"--out {args.out} must be new or empty; choose another, or --resume its run"
+        )
+    config, images = _old_config(args) if args.resume else _new_config(args)
+    if config.batch_size > len(images.train):
+        raise ValueError(
+            f"--batch-size must be at most the {len(images.train)} train images, "
+            f"got {config.batch_size}"
+        )
+    if config.device != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"--device {config.device}: torch sees no such device here; use cpu")
+    torch.set_num_threads(config.threads)
+    model = train.build(config)
+    if (args.out / train.CHECKPOINT).is_file():
+        checkpoint.restore(args.out / train.CHECKPOINT, model)
+    if not args.resume:
+        args.out.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+        checkpoint.write_atomically(args.out / train.CONFIG, text.encode())
+
+    def work() -> None:
+        start = time.perf_counter()
+        nats = train.fit(args.out, config, model, images)
+        seconds = time.perf_counter() - start
+        print(
+            f"{args.out}: {config.steps} steps, {nats:.2f} nats an image on the {len(images.test)} "
+            f"test images (-log p(x) or its bound), {seconds:.1f} s"
+        )
+
+    return work
+
+
+def prepare_sample(args: argparse.Namespace) -> Callable[[], None]:
+    """Loads the run and checks the target; returns what is left to do."""
+    if args.out.suffix != ".png":
+        raise ValueError(f"--out must be a .png file, got {args.out}")
+    if not args.out.parent.is_dir():
+        raise ValueError(f"--out: the folder {args.out.parent} must exist; make it first")
+    config, model = train.load(args.run)
+    images = train.sample(config, model, args.n, args.seed)
+    return lambda: train.save_grid(args.out, images)
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="gmkernels", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="train|sample")
+
+    fit = commands.add_parser("train", help="train a model")
+    fit.set_defaults(prepare=prepare_train)
+    fit.add_argument("model", choices=sorted(train.RECIPES))
+    fit.add_argument("--out", type=Path, required=True, help="folder of the run")
+    fit.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    fit.add_argument("--data", help="digits, idx:FOLDER, or a folder of IDX files")
+    fit.add_argument("--option", "-o", action="append", default=[], metavar="NAME=VALUE")
+    for name, kind, text in (
+        ("steps", _count, "updates in all"),
+        ("batch-size", _count, "images an update"),
+        ("lr", _number, "highest learning rate, after a warm-up and before a cosine"),
+        ("weight-decay", _number, "of AdamW"),
+        ("seed", _seed, "of everything random"),
+        ("every", _count, "updates between tests and checkpoints"),
+        ("threads", _count, "of torch on the CPU"),
+        ("device", str, "cpu or cuda"),
+    ):
+        fit.add_argument(f"--{name}", type=kind, help=text)
+
+    draw = commands.add_parser("sample", help="draw pictures from a trained model")
+    draw.set_defaults(prepare=prepare_sample)
+    draw.add_argument("run", type=Path, help="folder of the run")
+    draw.add_argument("--n", type=_count, default=64, help="how many")
+    draw.add_argument("--seed", type=_seed, default=0)
+    draw.add_argument("--out", type=Path, required=True, help="a .png file")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit codes: 0; 2 for bad input, on one line; 1 for a failure of the run; 130 for Ctrl-C."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        work = args.prepare(args)
+    except (ImportError, OSError, ValueError) as error:
+        parser.error(str(error))
+    try:
+        work()
+    except (FloatingPointError, OSError) as error:
+        print(f"gmkernels: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("gmkernels: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Models: one paradigm a file, on top of gmkernels.ops."""

@@ -1,0 +1,226 @@
+"""Training and sampling of every model: a loop that resumes at the same bits, pictures.
+
+All randomness is a function of (config.seed, step): keys folded from the seed give the batches, the
+model's own noise, and the seed of torch's generator (dropout), set anew at each step. A run folder
+holds config.json, metrics.csv, checkpoint.safetensors and samples.png, each written atomically.
+"""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from gmkernels import checkpoint, data, noise
+from gmkernels.models import vae
+
+CONFIG, METRICS, CHECKPOINT, SAMPLES = (
+    "config.json",
+    "metrics.csv",
+    "checkpoint.safetensors",
+    "samples.png",
+)
+COLUMNS = ("step", "loss", "test_nats")
+WARMUP = 50  # steps
+_BATCHES, _STEPS, _TEST, _INIT, _SAMPLES = range(5)  # what the seed is folded with
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a model is trained from the command line.
+
+    Attributes:
+        build: (pixels, levels, **options) -> the model; its keyword arguments are --option names.
+            The model has loss(x, seed=), sample(n, seed=) and `takes`, "levels" or "unit".
+        nll: (model, x, key) -> [B] nats, -log p(x) or an upper bound of it.
+    """
+
+    build: Callable[..., nn.Module]
+    nll: Callable[[Any, Tensor, Tensor], Tensor]
+
+
+RECIPES = {"vae": Recipe(vae.image_vae, lambda model, x, key: -model.elbo(x, seed=key))}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All that determines a run's bits on one machine; stored as config.json."""
+
+    model: str
+    data: str
+    options: dict[str, Any]
+    height: int
+    width: int
+    levels: int
+    steps: int
+    batch_size: int
+    lr: float
+    weight_decay: float
+    seed: int
+    every: int
+    threads: int
+    device: str
+
+
+def read_config(run: Path) -> Config:
+    """The configuration of a run folder. Raises ValueError with what is wrong."""
+    path = run / CONFIG
+    if not path.is_file():
+        raise ValueError(f"{run} must be the folder of a run, with {CONFIG}; there is none")
+    try:
+        return Config(**json.loads(path.read_text()))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or of another version ({error})") from error
+
+
+def build(config: Config) -> Any:
+    """The model at its initial weights, on the run's device."""
+    with torch.random.fork_rng():
+        torch.manual_seed(int(_fold(config, _INIT)[0]))
+        pixels = config.height * config.width
+        model = RECIPES[config.model].build(pixels, config.levels, **config.options)
+    return model.to(config.device)
+
+
+def load(run: Path) -> tuple[Config, Any]:
+    """Configuration and trained model of a run, on the CPU, in eval mode."""
+    config = read_config(run)
+    if not (run / CHECKPOINT).is_file():
+        raise ValueError(f"{run} must hold {CHECKPOINT}; there is none yet, train first")
+    model = build(dataclasses.replace(config, device="cpu"))
+    checkpoint.restore(run / CHECKPOINT, model)
+    return config, model.eval()
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """A linear warm-up, then half a cosine down to 0 at the last step."""
+    warm = min(1.0, (step + 1) / WARMUP)
+    return config.lr * warm * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+
+
+def training_step(
+    model: Any, optimizer: torch.optim.Optimizer, x: Tensor, *, seed: noise.Seed = None
+) -> Tensor:
+    """One update on a batch x; returns the loss, a scalar tensor, detached."""
+    optimizer.zero_grad()
+    loss = model.loss(x, seed=seed)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+@torch.no_grad()
+def test_nats(config: Config, model: Any, images: data.Images) -> float:
+    """Mean over the test images of the recipe's nll, with the same noise at each call."""
+    key = _fold(config, _TEST)
+    model.eval()
+    total = 0.0
+    for start in range(0, len(images.test), 500):
+        x = _input(config, model, images, images.test[start : start + 500])
+        rows = RECIPES[config.model].nll(model, x, noise.key(key, offset=start))
+        total += float(rows.double().sum())
+    model.train()
+    return total / len(images.test)
+
+
+def fit(run: Path, config: Config, model: Any, images: data.Images) -> float:
+    """Trains from the run's checkpoint, or from the start, to config.steps; returns the test nats.
+
+    A run that was killed and goes on ends at the same bits as one that was not, on the same
+    machine, torch and number of threads. Raises FloatingPointError where the loss is no longer
+    finite; the last checkpoint stays.
+    """
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
+    )
+    done, rows = 0, []
+    if (run / CHECKPOINT).is_file():
+        done = checkpoint.restore(run / CHECKPOINT, model, optimizer)["step"]
+        rows = [row for row in _read_metrics(run) if int(row[0]) <= done]
+    batches, steps = _fold(config, _BATCHES), _fold(config, _STEPS)
+    total = torch.zeros((), device=config.device)
+    model.train()
+    bar = tqdm(total=config.steps, initial=done, unit="step", disable=None)
+    with torch.random.fork_rng(), bar:
+        for step in range(done, config.steps):
+            index = data.batch_indices(
+                len(images.train), config.batch_size, seed=batches, step=step
+            )
+            x = _input(config, model, images, images.train[index])
+            key = noise.fold_in(steps, step)
+            torch.manual_seed(int(key[0]))
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, step)
+            total += training_step(model, optimizer, x, seed=key)
+            bar.update()
+            done = step + 1
+            if done % config.every == 0 or done == config.steps:
+                loss = float(total) / ((done - 1) % config.every + 1)
+                if not math.isfinite(loss):
+                    raise FloatingPointError(
+                        f"the loss is {loss} at step {done}; try a lower --lr than {config.lr}"
+                    )
+                nats = test_nats(config, model, images)
+                rows.append([str(done), repr(loss), repr(nats)])
+                _write_metrics(run, rows)
+                checkpoint.save(run / CHECKPOINT, model, optimizer, {"step": done})
+                bar.set_postfix(loss=f"{loss:.2f}", test=f"{nats:.2f}")
+                total.zero_()
+    save_grid(run / SAMPLES, sample(config, model.eval(), 64, _fold(config, _SAMPLES)))
+    return float(rows[-1][2])
+
+
+@torch.no_grad()
+def sample(config: Config, model: Any, n: int, seed: noise.Seed) -> Tensor:
+    """n samples of a model in eval mode as pictures, [n, height, width] in [0, 1], on the CPU."""
+    x = model.sample(n, seed=seed).float()
+    if model.takes == "levels":
+        x = x / (config.levels - 1)
+    return x.clamp(0, 1).view(n, config.height, config.width).cpu()
+
+
+def save_grid(path: Path, x: Tensor) -> None:
+    """Writes grey images [N, H, W] in [0, 1] as one PNG, ceil(sqrt(N)) a row, enlarged if small."""
+    try:
+        from matplotlib import image
+    except ImportError as error:
+        raise ImportError(f"{path.name}: needs matplotlib; pip install matplotlib") from error
+    n, height, width = x.shape
+    columns = math.isqrt(n - 1) + 1
+    rows = -(-n // columns)
+    cells = torch.ones(rows * columns, height + 1, width + 1)
+    cells[:n, :height, :width] = x
+    grid = cells.view(rows, columns, height + 1, width + 1).transpose(1, 2).flatten(2).flatten(0, 1)
+    factor = max(1, 32 // max(height, width))
+    grid = grid[:-1, :-1].repeat_interleave(factor, 0).repeat_interleave(factor, 1)
+    rgb = (grid * 255).round().to(torch.uint8)[..., None].expand(-1, -1, 3)
+    png = io.BytesIO()
+    image.imsave(png, rgb.numpy(), format="png")
+    checkpoint.write_atomically(path, png.getvalue())
+
+
+def _fold(config: Config, use: int) -> Tensor:
+    return noise.fold_in(noise.key(config.seed), use)
+
+
+def _input(config: Config, model: Any, images: data.Images, x: Tensor) -> Tensor:
+    x = x.to(config.device)
+    return x.long() if model.takes == "levels" else images.unit(x)
+
+
+def _read_metrics(run: Path) -> list[list[str]]:
+    with open(run / METRICS, newline="") as file:
+        return list(csv.reader(file))[1:]
+
+
+def _write_metrics(run: Path, rows: list[list[str]]) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([COLUMNS, *rows])
+    checkpoint.write_atomically(run / METRICS, text.getvalue().encode())

@@ -1,0 +1,286 @@
+"""Every row on every backend, dtype and case against the float64 reference.
+
+Bound: the largest error of an output may be twice that of eager PyTorch in the same dtype, plus the
+row's floor in units of the last place of the output's scale.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+import gmkernels
+from gmkernels import dispatch, noise, registry
+from gmkernels.spec import Case, Inputs, Op
+
+ROWS = [op for op in registry.rows() if op.differentiable]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SEED = 7
+EVERY_CASE = [pytest.param(op, case, id=f"{op.name}-{case.name}") for op in ROWS for case in op.cases]
+EVERY_OP = [pytest.param(op, id=op.name) for op in ROWS]
+
+
+def as_tuple(x: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (x,) if isinstance(x, Tensor) else tuple(x)
+
+
+def with_noise(op: Op, given: Inputs, eager: bool) -> Inputs:
+    """The call with its noise: a seed for us, the same numbers as eps= for eager."""
+    if not op.noisy or "eps" in given.kwargs:
+        return given
+    first = given.args[0]
+    extra = {"seed": SEED}
+    if eager:
+        eps = gmkernels.normal(tuple(first.shape), seed=SEED, device=first.device, backend="reference")
+        extra = {"eps": eps.to(first.dtype)}
+    return Inputs(given.args, {**given.kwargs, **extra})
+
+
+def leaves(given: Inputs) -> Inputs:
+    return given.map(lambda x: x.detach().requires_grad_())
+
+
+def outputs_and_gradients(
+    function, given: Inputs, second: bool, **options
+) -> tuple[tuple[Tensor, ...], list[Tensor], list[Tensor]]:
+    """Outputs, first and second derivatives under fixed cotangents."""
+    tensors = [x for x in given.tensors() if x.requires_grad]
+    outs = as_tuple(function(*given.args, **given.kwargs, **options))
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(like: Tensor) -> Tensor:
+        values = torch.randn(like.shape, generator=generator, dtype=torch.float64)
+        return values.to(like.device, torch.bfloat16).to(like.dtype)  # the same number in each dtype
+
+    cotangents = [draw(o).requires_grad_(second) for o in outs]
+    firsts = torch.autograd.grad(outs, tensors, cotangents, create_graph=second)
+    if not second:
+        return outs, list(firsts), []
+    found = torch.autograd.grad(
+        [f for f in firsts if f.requires_grad],
+        [*tensors, *cotangents],
+        [draw(f) for f in firsts if f.requires_grad],
+        allow_unused=True,
+    )
+    every = zip(found, [*tensors, *cotangents], strict=True)
+    return outs, list(firsts), [torch.zeros_like(x) if f is None else f for f, x in every]
+
+
+def worst(x: Tensor, truth: Tensor) -> float:
+    """Largest absolute error; infinities and NaN must stand where the truth has them."""
+    x = x.detach().double()
+    same = (x == truth) | (x.isnan() & truth.isnan())
+    gap = torch.where(same, 0.0, (x - truth).abs())
+    return gap.nan_to_num(nan=float("inf")).max().item() if gap.numel() else 0.0
+
+
+def assert_within(op: Op, name: str, got: Tensor, eager: Tensor, truth: Tensor) -> None:
+    assert got.shape == truth.shape, f"{name}: shape {tuple(got.shape)}, not {tuple(truth.shape)}"
+    truth = truth.detach()
+    finite = truth[truth.isfinite()]
+    scale = finite.abs().max().item() if finite.numel() else 0.0
+    ulp = torch.finfo(got.dtype).eps * scale
+    bound = 2 * worst(eager, truth) + op.floor[0] * ulp
+    error = worst(got, truth)
+    assert error <= bound, f"{name}: error {error:.3e}, bound {bound:.3e}, scale {scale:.3e}"
+
+
+def compare(op: Op, case: Case, dtype: torch.dtype, device: str, backend: str, second: bool) -> None:
+    given = op.inputs(case, dtype, device, 3)
+    truth = outputs_and_gradients(
+        op.function,
+        with_noise(op, leaves(given.map(Tensor.double)), False),
+        second,
+        backend="reference",
+    )
+    eager = outputs_and_gradients(op.eager, with_noise(op, leaves(given), True), second)
+    got = outputs_and_gradients(
+        op.function, with_noise(op, leaves(given), False), second, backend=backend
+    )
+    for kind, g, e, t in zip(("output", "gradient", "second"), got, eager, truth, strict=True):
+        for i, (a, b, c) in enumerate(zip(g, e, t, strict=True)):
+            assert_within(op, f"{kind} {i}", a, b, c)
+    for x, gradient in zip(given.tensors(), got[1], strict=True):
+        assert gradient.dtype == x.dtype
+        assert gradient.device == x.device
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize(("op", "case"), EVERY_CASE)
+def test_values_and_gradients(op, case, dtype, backend, device):
+    compare(op, case, dtype, device, backend, second=False)
+
+
+@pytest.mark.parametrize(("op", "case"), EVERY_CASE)
+def test_second_derivatives(op, case, backend, device):
+    if case.kind in ("large", "block", "block-1", "block+1"):
+        case = Case(case.name, case.kind, (*(min(n, 9) for n in case.shape),), case.options)
+    compare(op, case, torch.float32, device, backend, second=True)
+
+
+@pytest.mark.parametrize(("op", "case"), EVERY_CASE)
+def test_reference_gradcheck(op, case, device):
+    if case.kind in ("large", "block", "block-1", "block+1", "boundary"):
+        pytest.skip("shapes too large for finite differences, or points where the formula has a corner")
+    given = leaves(op.inputs(case, torch.float64, device, 3).map(Tensor.double))
+    if not all(x.numel() for x in given.tensors()):
+        pytest.skip("nothing to differentiate")
+    given = with_noise(op, given, False)
+    tensors = given.tensors()
+
+    def call(*xs: Tensor):
+        found = iter(xs)
+        changed = given.map(lambda _: next(found))
+        return op.function(*changed.args, **changed.kwargs)
+
+    small = sum(x.numel() for x in tensors) < 400
+    assert torch.autograd.gradcheck(call, tensors, fast_mode=not small)
+    assert torch.autograd.gradgradcheck(call, tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize(("op", "case"), EVERY_CASE)
+def test_equal_bits_on_two_runs(op, case, backend, device):
+    given = op.inputs(case, torch.float32, device, 3)
+    runs = [
+        outputs_and_gradients(
+            op.function, with_noise(op, leaves(given), False), False, backend=backend
+        )
+        for _ in range(2)
+    ]
+    for a, b in zip(*(run[0] + tuple(run[1]) for run in runs), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("op", EVERY_OP)
+def test_every_object_and_thread_count_agrees(op, isas, device):
+    if device != "cpu":
+        pytest.skip("instruction sets are the CPU's")
+    given = op.inputs(op.case("odd"), torch.float32, device, 3)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for isa in isas:
+            for count in (1, 2):
+                torch.set_num_threads(count)
+                with dispatch.use_isa(isa):
+                    call = with_noise(op, leaves(given), False)
+                    found.append((isa, outputs_and_gradients(op.function, call, False, backend="native")))
+    finally:
+        torch.set_num_threads(threads)
+    for (isa, one), (_, two) in zip(found[::2], found[1::2], strict=True):
+        for a, b in zip(one[0] + tuple(one[1]), two[0] + tuple(two[1]), strict=True):
+            assert torch.equal(a, b), f"{isa}: one and two threads differ"
+    for isa, run in found[2:]:
+        for a, b in zip(run[0] + tuple(run[1]), found[0][1][0] + tuple(found[0][1][1]), strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6, msg=lambda m, isa=isa: f"{isa}: {m}")
+
+
+@pytest.mark.parametrize("op", EVERY_OP)
+def test_all_outputs_are_written(op, backend, device):
+    # Deterministic mode fills fresh memory with NaN: what a kernel forgets shows.
+    given = op.inputs(op.case("odd"), torch.float32, device, 3)
+    torch.use_deterministic_algorithms(True)
+    try:
+        call = with_noise(op, leaves(given), False)
+        outs, firsts, _ = outputs_and_gradients(op.function, call, False, backend=backend)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for x in (*outs, *firsts):
+        assert not x.isnan().any()
+
+
+@pytest.mark.parametrize("op", EVERY_OP)
+def test_rows_do_not_depend_on_neighbours(op, backend, device):
+    given = op.inputs(op.case("odd"), torch.float32, device, 3)
+    if op.name == "gaussian_kl_per_dim":
+        pytest.skip("a mean over the batch")
+
+    def cut(x):
+        return x[2:4].contiguous() if isinstance(x, Tensor) and x.dim() > 1 else x
+
+    part = Inputs(tuple(map(cut, given.args)), {k: cut(v) for k, v in given.kwargs.items()})
+    extra = {"seed": SEED} if op.noisy else {}
+    whole = as_tuple(op.function(*given.args, **given.kwargs, **extra, backend=backend))
+    if op.noisy:
+        extra["offset"] = 2
+    some = as_tuple(op.function(*part.args, **part.kwargs, **extra, backend=backend))
+    for a, b in zip(whole, some, strict=True):
+        assert torch.equal(a[2:4], b)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("op", EVERY_OP)
+def test_not_finite_values_stay_in_their_row(op, value, backend, device):
+    given = op.inputs(op.case("odd"), torch.float32, device, 3)
+    bad = given.map(lambda x: x.clone())
+    for x in bad.tensors():
+        x[1, 2] = value
+    extra = {"seed": SEED} if op.noisy else {}
+    clean = as_tuple(op.function(*given.args, **extra, backend=backend))
+    found = as_tuple(op.function(*bad.args, **extra, backend=backend))
+    for a, b in zip(clean, found, strict=True):
+        if op.name == "gaussian_kl_per_dim":
+            keep = torch.arange(a.shape[0]) != 2
+            assert torch.equal(a[keep], b[keep])
+            assert not b[2].isfinite()
+        else:
+            keep = torch.arange(a.shape[0]) != 1
+            assert torch.equal(a[keep], b[keep])
+            assert not b[1].isfinite().all()
+
+
+@pytest.mark.parametrize(("op", "case"), EVERY_CASE)
+def test_layout_of_outputs(op, case, backend, device):
+    given = op.inputs(case, torch.float32, device, 3)
+    extra = {"seed": SEED} if op.noisy and "eps" not in given.kwargs else {}
+    outs = as_tuple(op.function(*given.args, **given.kwargs, **extra, backend=backend))
+    first = given.args[0]
+    for out in outs:
+        assert out.device == first.device
+        if out.shape == first.shape and case.options.get("layout") == "channels_last":
+            assert out.is_contiguous(memory_format=torch.channels_last)
+        else:
+            assert out.is_contiguous()
+
+
+@pytest.mark.parametrize("op", EVERY_OP)
+def test_opcheck(op, backend, device):
+    if backend == "reference":
+        pytest.skip("plain PyTorch")
+    namespace = getattr(torch.ops, dispatch.NAMESPACES[backend])
+    for overload, args in operator_samples(op, device):
+        torch.library.opcheck(getattr(namespace, overload).default, args)
+
+
+def operator_samples(op: Op, device: str):
+    """Calls of the registered operators, by hand: the one place that knows their schemas."""
+
+    def x(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(device).requires_grad_()
+
+    key = noise.key(SEED).to(device)
+    plain, prior = (x(3, 5), x(3, 5), None, None), (x(3, 5), x(3, 5), x(3, 5), x(3, 5))
+    levels = torch.zeros(3, 5, dtype=torch.long, device=device)
+    samples = {
+        "reparameterize_kl": (
+            (*plain, None, key, -30.0, 20.0),
+            (x(3, 5), x(3), *prior, x(3, 5), None, -30.0, 20.0, 31),
+        ),
+        "gaussian_kl": ((*prior, -30.0, 20.0), (x(3), *prior, -30.0, 20.0, 15)),
+        "gaussian_kl_per_dim": ((*plain, -30.0, 20.0), (x(5), *plain, -30.0, 20.0, 3)),
+        "gaussian_nll": ((x(3, 5), x(3, 5), x(3, 5)), (x(3), x(3, 5), x(3, 5), x(3), 7)),
+        "bernoulli_nll": ((x(3, 5), x(3, 5)), (x(3), x(3, 5), x(3, 5), 3)),
+        "categorical_nll": ((x(3, 5, 4), levels), (x(3), x(3, 5, 4), levels, 1)),
+    }
+    forward, backward = samples[op.name]
+    return ((f"{op.name}_forward", forward), (f"{op.name}_backward", backward))
+
+
+def test_every_backend_has_the_same_schema():
+    for op in ROWS:
+        for part in ("forward", "backward"):
+            texts = {
+                str(getattr(getattr(torch.ops, space), f"{op.name}_{part}").default._schema).split("::")[1]
+                for space in dispatch.NAMESPACES.values()
+            }
+            plain = {t.replace("SymInt", "int").replace("float", "f") for t in texts}
+            assert len(plain) == 1, plain
