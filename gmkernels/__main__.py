@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import importlib.util
-import inspect
 import json
 import math
 import sys
@@ -64,8 +63,7 @@ def _seed(text: str) -> int:
 
 def parse_options(build: Callable[..., Any], given: list[str]) -> dict[str, Any]:
     """Keyword arguments of `build` from NAME=VALUE pairs, typed like its defaults, and the rest."""
-    parameters = inspect.signature(build).parameters.values()
-    options = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    options = train.option_defaults(build)
     for pair in given:
         name, equals, text = pair.partition("=")
         if name not in options or not equals:
@@ -137,7 +135,7 @@ def prepare_train(args: argparse.Namespace) -> Callable[[], None]:
             f"got {config.batch_size}"
         )
     if config.device != "cpu" and not torch.cuda.is_available():
-        raise ValueError(f"--device {config.device}: torch sees no such device here; use cpu")
+        raise ValueError(f"--device {config.device}: torch sees no GPU here; leave it out")
     torch.set_num_threads(config.threads)
     model = train.build(config)
     if (args.out / train.CHECKPOINT).is_file():
@@ -189,9 +187,9 @@ def _parser() -> Parser:
         ("seed", _seed, "of everything random"),
         ("every", _count, "updates between tests and checkpoints"),
         ("threads", _count, "of torch on the CPU"),
-        ("device", str, "cpu or cuda"),
     ):
         fit.add_argument(f"--{name}", type=kind, help=text)
+    fit.add_argument("--device", choices=("cpu", "cuda"))
 
     draw = commands.add_parser("sample", help="draw pictures from a trained model")
     draw.set_defaults(prepare=prepare_sample)

@@ -7,6 +7,7 @@ holds config.json, metrics.csv, checkpoint.safetensors and samples.png, each wri
 
 import csv
 import dataclasses
+import inspect
 import io
 import json
 import math
@@ -69,15 +70,28 @@ class Config:
     device: str
 
 
+def option_defaults(build: Callable[..., Any]) -> dict[str, Any]:
+    """The keyword-only arguments of a builder with their defaults."""
+    parameters = inspect.signature(build).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
 def read_config(run: Path) -> Config:
     """The configuration of a run folder. Raises ValueError with what is wrong."""
     path = run / CONFIG
     if not path.is_file():
         raise ValueError(f"{run} must be the folder of a run, with {CONFIG}; there is none")
     try:
-        return Config(**json.loads(path.read_text()))
-    except (TypeError, ValueError) as error:
+        config = Config(**json.loads(path.read_text()))
+        known = option_defaults(RECIPES[config.model].build)
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged or of another version ({error})") from error
+    if config.options.keys() != known.keys():
+        raise ValueError(
+            f"{path} is of another version: options must be {', '.join(known)}, "
+            f"got {', '.join(config.options)}"
+        )
+    return config
 
 
 def build(config: Config) -> Any:
@@ -142,8 +156,9 @@ def fit(run: Path, config: Config, model: Any, images: data.Images) -> float:
     )
     done, rows = 0, []
     if (run / CHECKPOINT).is_file():
-        done = checkpoint.restore(run / CHECKPOINT, model, optimizer)["step"]
-        rows = [row for row in _read_metrics(run) if int(row[0]) <= done]
+        header = checkpoint.restore(run / CHECKPOINT, model, optimizer)
+        done, rows = header["step"], header["metrics"]
+        _write_metrics(run, rows)
     batches, steps = _fold(config, _BATCHES), _fold(config, _STEPS)
     total = torch.zeros((), device=config.device)
     model.train()
@@ -168,13 +183,14 @@ def fit(run: Path, config: Config, model: Any, images: data.Images) -> float:
                         f"the loss is {loss} at step {done}; try a lower --lr than {config.lr}"
                     )
                 nats = test_nats(config, model, images)
-                rows.append([str(done), repr(loss), repr(nats)])
+                rows.append([done, loss, nats])
+                header = {"step": done, "metrics": rows}
+                checkpoint.save(run / CHECKPOINT, model, optimizer, header)
                 _write_metrics(run, rows)
-                checkpoint.save(run / CHECKPOINT, model, optimizer, {"step": done})
                 bar.set_postfix(loss=f"{loss:.2f}", test=f"{nats:.2f}")
                 total.zero_()
     save_grid(run / SAMPLES, sample(config, model.eval(), 64, _fold(config, _SAMPLES)))
-    return float(rows[-1][2])
+    return rows[-1][2]
 
 
 @torch.no_grad()
@@ -215,12 +231,7 @@ def _input(config: Config, model: Any, images: data.Images, x: Tensor) -> Tensor
     return x.long() if model.takes == "levels" else images.unit(x)
 
 
-def _read_metrics(run: Path) -> list[list[str]]:
-    with open(run / METRICS, newline="") as file:
-        return list(csv.reader(file))[1:]
-
-
-def _write_metrics(run: Path, rows: list[list[str]]) -> None:
+def _write_metrics(run: Path, rows: list[list[float]]) -> None:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([COLUMNS, *rows])
     checkpoint.write_atomically(run / METRICS, text.getvalue().encode())

@@ -63,7 +63,7 @@ def test_a_run_leaves_its_files(finished):
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows] == [5, 10, 12]
     assert float(rows[-1]["test_nats"]) < float(rows[0]["test_nats"])
-    assert checkpoint.read(finished / train.CHECKPOINT)[1] == {"step": 12}
+    assert checkpoint.read(finished / train.CHECKPOINT)[1]["step"] == 12
 
 
 def test_same_seed_same_bits_and_other_seed_others(finished, tmp_path):
@@ -98,7 +98,7 @@ def test_a_resumed_run_ends_at_the_same_bits(finished, tmp_path, monkeypatch, st
 
 
 # Imports once, then forks one child a kill point. Files are synced and then their folder, two calls
-# each: the config first, then metrics and checkpoint in turn.
+# each: the config first, then checkpoint and metrics in turn.
 KILLER = """
 import os, signal, sys
 import matplotlib.image, sklearn.datasets, torch._dynamo  # what a run imports late
@@ -127,7 +127,7 @@ for point in points.split():
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 # What is on disk after each: the step of the checkpoint, 0 for none yet, None for no run at all.
-KILL_POINTS = {"replace:1": None, "fsync:5": 0, "fsync:9": 5, "replace:4": 5, "replace:8": 12}
+KILL_POINTS = {"replace:1": None, "fsync:3": 0, "fsync:7": 5, "replace:6": 10, "replace:7": 12}
 
 
 @pytest.fixture(scope="module")
@@ -286,7 +286,7 @@ def refused(capsys, *args):
         (["-o", "learned_prior=1"], "--option learned_prior must be true or false, got '1'"),
         (["-o", "hidden=0"], "hidden must be >= 1, got 0"),
         (["-o", "dropout=2"], "dropout"),
-        (["--device", "tpu"], "--device"),
+        (["--device", "tpu"], "--device: invalid choice: 'tpu'"),
         (["--wings", "2"], "unrecognized arguments: --wings 2"),
     ],
 )
@@ -332,10 +332,12 @@ def test_resume_refuses(finished, tmp_path, capsys):
     checkpoint.save(folder / train.CHECKPOINT, other, optimizer, {"step": 1})
     assert "must hold this model's tensors; model" not in (message := resume(folder))
     assert "must hold this model's tensors; " in message
-    (folder / train.CONFIG).write_text("{")
-    assert "config.json is damaged or of another version" in resume(folder)
-    (folder / train.CONFIG).write_text('{"model": "vae"}')
-    assert "config.json is damaged or of another version" in resume(folder)
+    whole = (folder / train.CONFIG).read_text()
+    for broken in ("{", '{"model": "vae"}', "[]", whole.replace('"vae"', '"gan"')):
+        (folder / train.CONFIG).write_text(broken)
+        assert "config.json is damaged or of another version" in resume(folder)
+    (folder / train.CONFIG).write_text(whole.replace("hidden", "width"))
+    assert "options must be latent_dim, hidden" in resume(folder)
 
 
 def test_sample_refuses(finished, tmp_path, capsys):

@@ -1,0 +1,171 @@
+"""The sides of a comparison: one row's call as eager PyTorch, compiled, and ours; and the check.
+
+A side is a call without arguments that does all of the work that is timed: the forward, or the forward
+and torch.autograd.grad of its outputs under fixed random cotangents.
+"""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import gmkernels
+from gmkernels.spec import Benchmark, Case, Inputs, Op
+
+SEED = 7
+EAGER, COMPILED, OURS, OURS_COMPILED = "eager", "torch.compile", "ours", "ours, compiled"
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side: `call` runs it; `scope` is entered around every call (to choose a backend)."""
+
+    name: str
+    call: Callable[[], Any]
+    scope: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+
+    def __call__(self) -> Any:
+        with self.scope():
+            return self.call()
+
+
+def as_tuple(x: Any) -> tuple[Tensor, ...]:
+    """Outputs of a call, one or several."""
+    return (x,) if isinstance(x, Tensor) else tuple(x)
+
+
+def differentiated(given: Inputs) -> list[Tensor]:
+    """The tensors whose gradients training needs: all floating ones but the noise."""
+    noise = given.kwargs.get("eps")
+    return [x for x in given.tensors() if x is not noise]
+
+
+def prepare(given: Inputs, backward: bool) -> Inputs:
+    """The same call on leaves that require gradients, if the backward is timed."""
+    if not backward:
+        return given
+    leaves = given.map(Tensor.detach)
+    for x in differentiated(leaves):
+        x.requires_grad_()
+    return leaves
+
+
+def cotangents(outputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """Fixed random weights of the outputs: the same numbers whatever the dtype."""
+    generator = torch.Generator().manual_seed(1)
+    drawn = [torch.randn(o.shape, generator=generator).to(torch.bfloat16) for o in outputs]
+    return [x.to(o.device, o.dtype) for x, o in zip(drawn, outputs, strict=True)]
+
+
+def bind(function: Callable[..., Any], given: Inputs, backward: bool) -> Callable[[], Any]:
+    """The call of a side. It has run once: compiled functions are compiled."""
+    given = prepare(given, backward)
+    outputs = as_tuple(function(*given.args, **given.kwargs))
+    if not backward:
+        return lambda: function(*given.args, **given.kwargs)
+    leaves, weights = differentiated(given), cotangents(outputs)
+
+    def call() -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        made = as_tuple(function(*given.args, **given.kwargs))
+        return made, torch.autograd.grad(made, leaves, weights)
+
+    call()
+    return call
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile for exactly these shapes."""
+    return torch.compile(function, dynamic=False, fullgraph=True)
+
+
+def with_seed(op: Op, given: Inputs) -> Inputs:
+    """Our call of a noisy row: with an explicit seed, unless the noise is given."""
+    if not op.noisy or "eps" in given.kwargs:
+        return given
+    return Inputs(given.args, {**given.kwargs, "seed": SEED})
+
+
+def functions(op: Op) -> dict[str, Callable[..., Any]]:
+    """What each side calls, in the order in which the table shows them."""
+    return {
+        EAGER: op.eager,
+        COMPILED: compiled(op.eager),
+        OURS: op.function,
+        OURS_COMPILED: compiled(op.function),
+        **op.peers,
+    }
+
+
+def build(op: Op, benchmark: Benchmark, device: str, name: str) -> Side:
+    """One side of a row, ready to be timed."""
+    given = op.inputs(benchmark.case, benchmark.dtype, device, SEED)
+    if name in (OURS, OURS_COMPILED):
+        given = with_seed(op, given)
+    return Side(name, bind(functions(op)[name], given, benchmark.backward))
+
+
+def small(op: Op, benchmark: Benchmark) -> Benchmark:
+    """The same call on 8 x 32 elements, where what is timed is the host's work."""
+    shape = benchmark.case.shape
+    shape = (8, 32) if len(shape) == 2 else tuple(min(n, 8) for n in shape)
+    case = Case("small", benchmark.case.kind, shape, benchmark.case.options)
+    return Benchmark("small", case, benchmark.dtype, benchmark.backward)
+
+
+def worst(x: Tensor, truth: Tensor) -> float:
+    """Largest absolute error; infinities and NaN must stand where the truth has them."""
+    x = x.detach().double()
+    same = (x == truth) | (x.isnan() & truth.isnan())
+    gap = torch.where(same, 0.0, (x - truth).abs())
+    return gap.nan_to_num(nan=float("inf")).max().item() if gap.numel() else 0.0
+
+
+def results(
+    function: Callable[..., Any], given: Inputs, backward: bool, **options: Any
+) -> tuple[Tensor, ...]:
+    """Outputs, and gradients if they are timed."""
+    given = prepare(given, backward)
+    outputs = as_tuple(function(*given.args, **given.kwargs, **options))
+    if not backward:
+        return outputs
+    gradients = torch.autograd.grad(outputs, differentiated(given), cotangents(outputs))
+    return outputs + tuple(gradients)
+
+
+def fault(op: Op, benchmark: Benchmark, device: str) -> str:
+    """What is wrong with our values on the timed input, eager or compiled, or "".
+
+    The truth is the reference in float64 with the same seed. An error may be twice that of eager
+    PyTorch in the same dtype with the same noise, plus the row's floor in ulp of the output's scale.
+    """
+    given = op.inputs(benchmark.case, benchmark.dtype, device, SEED)
+    factory = not given.tensors()  # reads no tensor: eager draws other numbers
+    wide = op.inputs(benchmark.case, torch.float64, device, SEED) if factory else given
+    wide = with_seed(op, wide).map(Tensor.double)
+    truths = results(op.function, wide, benchmark.backward, backend="reference")
+    seeded = with_seed(op, given)
+    allowed = [0.0] * len(truths)
+    if not factory:
+        plain = given
+        if seeded is not given:
+            like = given.args[0]
+            eps = gmkernels.normal(tuple(like.shape), seed=SEED, device=like.device)
+            plain = Inputs(given.args, {**given.kwargs, "eps": eps.to(like.dtype)})
+        eager = results(op.eager, plain, benchmark.backward)
+        allowed = [2 * worst(e, t) for e, t in zip(eager, truths, strict=True)]
+    for name in (OURS, OURS_COMPILED):
+        ours = results(functions(op)[name], seeded, benchmark.backward)
+        for i, (got, truth, bound) in enumerate(zip(ours, truths, allowed, strict=True)):
+            if got.shape != truth.shape:
+                return f"{name}: result {i} has shape {tuple(got.shape)}, not {tuple(truth.shape)}"
+            scale = truth.detach().abs().nan_to_num(0, 0, 0).max().item() if truth.numel() else 0.0
+            bound += op.floor[0] * torch.finfo(got.dtype).eps * scale
+            if factory:
+                bound += torch.finfo(got.dtype).eps * scale * (got.dtype != torch.float32)
+            error = worst(got, truth.detach())
+            if not error <= bound:
+                return f"{name}: result {i} is off by {error:.2e}, {bound:.2e} is allowed"
+    return ""
