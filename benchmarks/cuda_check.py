@@ -1,8 +1,8 @@
 """Compiles every CUDA kernel where there is nvcc and no GPU: `python -m benchmarks.cuda_check`.
 
-Every csrc/<family>/<family>_cuda.cu is compiled for each architecture with the flags of CMakeLists.txt;
-ptxas says how many registers each kernel takes and whether it spills any. A compile error, or a spill
-that SPILLS_ALLOWED does not name, fails the check.
+Every csrc/<family>/<family>_cuda.cu is compiled for each architecture with the flags of
+CMakeLists.txt; ptxas says how many registers each kernel takes and whether it spills any. A compile
+error, or a spill that SPILLS_ALLOWED does not name, fails the check.
 """
 
 import argparse
@@ -12,110 +12,94 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHS = ("80", "90a", "100a")
 FLAGS = ("-O3", "-fmad=false", "-std=c++17", f"-I{ROOT / 'csrc'}", "-Xptxas", "-v", "-cubin")
 
-# kernel: why it may spill, on every architecture.
+# Kernel, as the table names it: why it may spill, on every architecture.
 SPILLS_ALLOWED: dict[str, str] = {}
 
-
-@dataclass
-class Kernel:
-    """One kernel as ptxas saw it: registers and spilled bytes an architecture."""
-
-    name: str
-    registers: dict[str, int] = field(default_factory=dict)
-    spills: dict[str, int] = field(default_factory=dict)
+Usage = tuple[int, int]  # registers, spilled bytes
 
 
-def demangle(names: list[str]) -> dict[str, str]:
-    """Mangled names to short readable ones; names as they are where c++filt is missing."""
-    if not names or not shutil.which("c++filt"):
-        return {name: name for name in names}
-    out = subprocess.run(["c++filt", *names], capture_output=True, text=True, check=True).stdout
-    short = [re.sub(r"\bgm::(device::)?|^void |\(.*\)$", "", line) for line in out.splitlines()]
-    return dict(zip(names, short, strict=True))
-
-
-def compile_one(nvcc: str, source: Path, arch: str, folder: Path) -> tuple[Path, str, int, str]:
-    """Runs nvcc for one architecture: source, architecture, exit status, what it said."""
-    target = folder / f"{source.stem}_{arch}.cubin"
+def compile_one(nvcc: str, source: Path, arch: str, folder: Path) -> tuple[int, str]:
+    """Compiles one source for one architecture: exit status, and what nvcc and ptxas said."""
     gencode = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+    target = folder / f"{source.stem}_{arch}.cubin"
     command = [nvcc, *FLAGS, gencode, "-o", str(target), str(source)]
     result = subprocess.run(command, capture_output=True, text=True)
-    return source, arch, result.returncode, result.stderr + result.stdout
+    return result.returncode, result.stderr + result.stdout
 
 
-def read_ptxas(text: str) -> dict[str, tuple[int, int]]:
-    """{mangled kernel: (registers, spilled bytes)} of `ptxas -v`."""
+def read_ptxas(text: str) -> dict[str, Usage]:
+    """Usage of each kernel, by its mangled name."""
     found = {}
     for part in text.split("Compiling entry function '")[1:]:
-        name = part.split("'", 1)[0]
         registers = re.search(r"Used (\d+) registers", part)
         spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", part)
         if registers and spills:
-            found[name] = (int(registers[1]), int(spills[1]) + int(spills[2]))
+            found[part.split("'", 1)[0]] = int(registers[1]), int(spills[1]) + int(spills[2])
     return found
 
 
-def check(nvcc: str) -> tuple[list[Kernel], list[str]]:
-    """All kernels, and the complaints."""
+def readable(names: list[str]) -> list[str]:
+    """Mangled names without namespaces and arguments; as they are where there is no c++filt."""
+    if not names or not shutil.which("c++filt"):
+        return names
+    out = subprocess.run(["c++filt", *names], capture_output=True, text=True, check=True).stdout
+    lines = [re.sub(r"\bgm::(device::)?|^void ", "", line) for line in out.splitlines()]
+    lines = [re.sub(r"(?<=[>\w])\(.*$", "", line) for line in lines]
+    return [re.sub(r"\((\w+)\)(?=\d)", r"\1 ", line) for line in lines]
+
+
+def check(nvcc: str) -> tuple[dict[str, dict[str, Usage]], list[str]]:
+    """{kernel: {architecture: usage}}, and the complaints."""
     sources = sorted((ROOT / "csrc").glob("*/*_cuda.cu"))
-    found: dict[str, Kernel] = {}
     complaints = [] if sources else ["no csrc/*/*_cuda.cu found"]
+    mangled: dict[str, dict[str, Usage]] = {}
+    tasks = [(source, arch) for source in sources for arch in ARCHS]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
-        jobs = [
-            pool.submit(compile_one, nvcc, source, arch, Path(folder))
-            for source in sources
-            for arch in ARCHS
-        ]
-        for job in jobs:
-            source, arch, status, text = job.result()
-            print(f"{source.relative_to(ROOT)} sm_{arch}", "failed" if status else "ok", flush=True)
+        jobs = [pool.submit(compile_one, nvcc, *task, Path(folder)) for task in tasks]
+        for (source, arch), job in zip(tasks, jobs, strict=True):
+            status, text = job.result()
+            label = f"{source.relative_to(ROOT)} for sm_{arch}"
+            print(f"{label}: {'failed' if status else 'compiled'}", flush=True)
             if status:
-                complaints.append(f"{source.relative_to(ROOT)} for sm_{arch}:\n{text}")
-            for name, (registers, spills) in read_ptxas(text).items():
-                kernel = found.setdefault(name, Kernel(name))
-                kernel.registers[arch], kernel.spills[arch] = registers, spills
-    names = demangle(list(found))
-    for mangled, kernel in found.items():
-        kernel.name = names[mangled]
-        if any(kernel.spills.values()) and kernel.name not in SPILLS_ALLOWED:
-            complaints.append(f"{kernel.name} spills and SPILLS_ALLOWED does not say why")
-    return sorted(found.values(), key=lambda kernel: kernel.name), complaints
+                complaints.append(f"{label} does not compile:\n{text}")
+            for name, usage in read_ptxas(text).items():
+                mangled.setdefault(name, {})[arch] = usage
+    kernels = dict(sorted(zip(readable(list(mangled)), mangled.values(), strict=True)))
+    for name, usages in kernels.items():
+        if any(spilled for _, spilled in usages.values()) and name not in SPILLS_ALLOWED:
+            complaints.append(f"{name} spills, and SPILLS_ALLOWED does not say why")
+    return kernels, complaints
 
 
-def show(kernels: list[Kernel]) -> None:
-    """Prints the table."""
-    from rich.console import Console
-    from rich.table import Table
-
+def show(kernels: dict[str, dict[str, Usage]]) -> None:
+    """Prints a row a kernel."""
     table = Table("kernel", *(f"sm_{arch}" for arch in ARCHS), title="registers (spilled bytes)")
-    for kernel in kernels:
-        cells = [
-            f"{kernel.registers.get(arch, '-')}"
-            + (f" ([red]{kernel.spills[arch]}[/])" if kernel.spills.get(arch) else "")
-            for arch in ARCHS
-        ]
-        table.add_row(kernel.name, *cells)
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    for name, usages in kernels.items():
+        cells = []
+        for arch in ARCHS:
+            registers, spilled = usages.get(arch, ("-", 0))
+            cells.append(f"{registers} [red]({spilled})[/red]" if spilled else str(registers))
+        table.add_row(name, *cells)
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description="Compile every CUDA kernel; fail on errors and spills."
-    )
+    """Exit status: 0 all well, 1 a complaint, 2 no compiler."""
+    parser = argparse.ArgumentParser(description="Compile every CUDA kernel, without a GPU.")
     parser.add_argument("--nvcc", default="nvcc", help="the compiler, a name or a path")
-    nvcc = shutil.which(parser.parse_args().nvcc)
+    name = parser.parse_args().nvcc
+    nvcc = shutil.which(name)
     if nvcc is None:
-        print(
-            "cuda_check: no nvcc found; install the CUDA toolkit or give --nvcc PATH",
-            file=sys.stderr,
-        )
+        print(f"cuda_check: no {name} found; install the CUDA toolkit or give --nvcc PATH")
         return 2
     kernels, complaints = check(nvcc)
     show(kernels)

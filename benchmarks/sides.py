@@ -99,12 +99,14 @@ def functions(op: Op) -> dict[str, Callable[..., Any]]:
     }
 
 
-def build(op: Op, benchmark: Benchmark, device: str, name: str) -> Side:
-    """One side of a row, ready to be timed."""
+def build(
+    op: Op, benchmark: Benchmark, device: str, name: str, called: Callable[..., Any]
+) -> Side:
+    """One side of a row, ready to be timed; `called` is that of functions()."""
     given = op.inputs(benchmark.case, benchmark.dtype, device, SEED)
     if name in (OURS, OURS_COMPILED):
         given = with_seed(op, given)
-    return Side(name, bind(functions(op)[name], given, benchmark.backward))
+    return Side(name, bind(called, given, benchmark.backward))
 
 
 def small(op: Op, benchmark: Benchmark) -> Benchmark:
@@ -135,37 +137,47 @@ def results(
     return outputs + tuple(gradients)
 
 
-def fault(op: Op, benchmark: Benchmark, device: str) -> str:
+def truth(op: Op, benchmark: Benchmark, device: str, given: Inputs) -> tuple[Tensor, ...]:
+    """The reference in float64 with the same seed; of a row that reads no tensor, its rounding."""
+    if given.tensors():
+        wide = with_seed(op, given).map(Tensor.double)
+        return results(op.function, wide, benchmark.backward, backend="reference")
+    wide = op.inputs(benchmark.case, torch.float64, device, SEED)
+    drawn = results(op.function, wide, False, backend="reference")
+    return tuple(x.to(benchmark.dtype).double() for x in drawn)
+
+
+def errors_of_eager(
+    op: Op, benchmark: Benchmark, given: Inputs, truths: tuple[Tensor, ...]
+) -> list[float]:
+    """Largest error of each result of eager PyTorch, given our noise; 0 where it draws its own."""
+    if not given.tensors():
+        return [0.0] * len(truths)
+    if op.noisy and "eps" not in given.kwargs:
+        like = given.args[0]
+        eps = gmkernels.normal(tuple(like.shape), seed=SEED, device=like.device).to(like.dtype)
+        given = Inputs(given.args, {**given.kwargs, "eps": eps})
+    eager = results(op.eager, given, benchmark.backward)
+    return [worst(e, t) for e, t in zip(eager, truths, strict=True)]
+
+
+def fault(op: Op, benchmark: Benchmark, device: str, called: dict[str, Callable[..., Any]]) -> str:
     """What is wrong with our values on the timed input, eager or compiled, or "".
 
-    The truth is the reference in float64 with the same seed. An error may be twice that of eager
-    PyTorch in the same dtype with the same noise, plus the row's floor in ulp of the output's scale.
+    An error may be twice that of eager PyTorch in the same dtype with the same noise, plus the row's
+    floor in ulp of the output's scale. The truth is the reference in float64.
     """
     given = op.inputs(benchmark.case, benchmark.dtype, device, SEED)
-    factory = not given.tensors()  # reads no tensor: eager draws other numbers
-    wide = op.inputs(benchmark.case, torch.float64, device, SEED) if factory else given
-    wide = with_seed(op, wide).map(Tensor.double)
-    truths = results(op.function, wide, benchmark.backward, backend="reference")
-    seeded = with_seed(op, given)
-    allowed = [0.0] * len(truths)
-    if not factory:
-        plain = given
-        if seeded is not given:
-            like = given.args[0]
-            eps = gmkernels.normal(tuple(like.shape), seed=SEED, device=like.device)
-            plain = Inputs(given.args, {**given.kwargs, "eps": eps.to(like.dtype)})
-        eager = results(op.eager, plain, benchmark.backward)
-        allowed = [2 * worst(e, t) for e, t in zip(eager, truths, strict=True)]
+    truths = tuple(t.detach() for t in truth(op, benchmark, device, given))
+    eager = errors_of_eager(op, benchmark, given, truths)
     for name in (OURS, OURS_COMPILED):
-        ours = results(functions(op)[name], seeded, benchmark.backward)
-        for i, (got, truth, bound) in enumerate(zip(ours, truths, allowed, strict=True)):
-            if got.shape != truth.shape:
-                return f"{name}: result {i} has shape {tuple(got.shape)}, not {tuple(truth.shape)}"
-            scale = truth.detach().abs().nan_to_num(0, 0, 0).max().item() if truth.numel() else 0.0
-            bound += op.floor[0] * torch.finfo(got.dtype).eps * scale
-            if factory:
-                bound += torch.finfo(got.dtype).eps * scale * (got.dtype != torch.float32)
-            error = worst(got, truth.detach())
-            if not error <= bound:
-                return f"{name}: result {i} is off by {error:.2e}, {bound:.2e} is allowed"
+        ours = results(called[name], with_seed(op, given), benchmark.backward)
+        for i, (got, true, error) in enumerate(zip(ours, truths, eager, strict=True)):
+            if got.shape != true.shape:
+                return f"{name}: result {i} has shape {tuple(got.shape)}, not {tuple(true.shape)}"
+            scale = true.abs().nan_to_num(0, 0, 0).max().item() if true.numel() else 0.0
+            bound = 2 * error + op.floor[0] * torch.finfo(got.dtype).eps * scale
+            off = worst(got, true)
+            if not off <= bound:
+                return f"{name}: result {i} is off by {off:.2e}, {bound:.2e} is allowed"
     return ""

@@ -12,6 +12,7 @@ import io
 import json
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def read_config(run: Path) -> Config:
 
 def build(config: Config) -> Any:
     """The model at its initial weights, on the run's device."""
-    with torch.random.fork_rng():
+    with _own_generator(config):
         torch.manual_seed(int(_fold(config, _INIT)[0]))
         pixels = config.height * config.width
         model = RECIPES[config.model].build(pixels, config.levels, **config.options)
@@ -163,7 +164,7 @@ def fit(run: Path, config: Config, model: Any, images: data.Images) -> float:
     total = torch.zeros((), device=config.device)
     model.train()
     bar = tqdm(total=config.steps, initial=done, unit="step", disable=None)
-    with torch.random.fork_rng(), bar:
+    with _own_generator(config), bar:
         for step in range(done, config.steps):
             index = data.batch_indices(
                 len(images.train), config.batch_size, seed=batches, step=step
@@ -220,6 +221,11 @@ def save_grid(path: Path, x: Tensor) -> None:
     png = io.BytesIO()
     image.imsave(png, rgb.numpy(), format="png")
     checkpoint.write_atomically(path, png.getvalue())
+
+
+def _own_generator(config: Config) -> AbstractContextManager[None]:
+    """Gives torch's generators back as they were; naming the device spares a warning with many GPUs."""
+    return torch.random.fork_rng(devices=[0] if config.device == "cuda" else [])
 
 
 def _fold(config: Config, use: int) -> Tensor:

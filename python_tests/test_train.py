@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import DEVICES
 from test_data import write_folder
 from torch import nn
 
@@ -225,6 +226,14 @@ def test_trains_on_a_folder_of_idx_files(tmp_path, likelihood):
     assert x.shape == (3, 3, 4)
     assert x.min() >= 0
     assert x.max() <= 1
+
+
+@pytest.mark.skipif("cuda" not in DEVICES, reason="needs a GPU")
+def test_trains_and_resumes_on_a_gpu(tmp_path):
+    folder = tmp_path / "b"
+    assert start(folder, "--device", "cuda") == 0
+    assert train.load(folder)[0].device == "cuda"
+    assert run("train", "vae", "--out", folder, "--resume", "--device", "cuda") == 0
 
 
 def test_digits_beat_the_histogram(tmp_path, capsys):

@@ -59,6 +59,10 @@ struct Layout {
   void check_device(const char* name, const Tensor& x) const {
     GM_CHECK(x.is_cuda() == is_cuda && x.get_device_index() == device, op, ": ", name,
              " must be on the same device as the other tensors");
+    int32_t layout;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(x.get(), &layout));
+    GM_CHECK(layout == aoti_torch_layout_strided(), op, ": ", name,
+             " must be dense, got a sparse tensor; call .to_dense()");
   }
 
   int64_t tasks() const { return rows * chunks_of(columns); }

@@ -20,7 +20,7 @@ static __device__ __forceinline__ void load_or_zero(const Operand& x, const RowI
 
 // z and the KL of a row chunk, by the lanes of a RowGrid.
 template <class T, bool kPrior, Eps kEps>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kPrior ? 2 : 3)
     gaussian_forward_kernel(
         // mean, logvar [B, D]; prior_mean, prior_logvar [B, D] or null, each; eps [B, D] where given;
         // key or key_ptr where drawn; z [B, D] unless kEps is none; partial [B, chunks], null if chunks
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // Gradients of one element a thread and step; kColumns: dkl is [D], one value a column.
 template <class T, bool kPrior, Eps kEps, bool kColumns>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kPrior ? 2 : 3)
     gaussian_backward_kernel(
         // mean, logvar [B, D]; prior_mean, prior_logvar [B, D] or null, each; eps [B, D] where given; key
         // or key_ptr where drawn; dz [B, D] unless kEps is none; dkl [B] or [D], or null, any dtype;
