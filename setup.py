@@ -1,4 +1,4 @@
-"""Drives CMakeLists.txt, the one build truth. Without a C++ compiler the package installs pure Python."""
+"""Drives CMakeLists.txt, the one build truth. No C++ compiler: the package installs pure Python."""
 
 import os
 import shutil
@@ -12,14 +12,21 @@ from setuptools.command.build_ext import build_ext
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        if not any(map(shutil.which, filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")))):
-            print("gmkernels: no C++ compiler found, installing without native kernels", file=sys.stderr)
+        if not any(
+            map(shutil.which, filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")))
+        ):
+            print(
+                "gmkernels: no C++ compiler found, installing without native kernels",
+                file=sys.stderr,
+            )
             return
         import pybind11
 
         source = Path(__file__).resolve().parent
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = source / "build" / f"cmake-{sys.implementation.cache_tag}"  # kept: rebuilds are incremental
+        build = (
+            source / "build" / f"cmake-{sys.implementation.cache_tag}"
+        )  # kept: rebuilds are incremental
         build.mkdir(parents=True, exist_ok=True)
         generator = ["-GNinja"] if shutil.which("ninja") else []
         configure = [

@@ -88,25 +88,25 @@ def with_seed(op: Op, given: Inputs) -> Inputs:
     return Inputs(given.args, {**given.kwargs, "seed": SEED})
 
 
-def functions(op: Op) -> dict[str, Callable[..., Any]]:
-    """What each side calls, in the order in which the table shows them."""
-    return {
-        EAGER: op.eager,
-        COMPILED: compiled(op.eager),
-        OURS: op.function,
-        OURS_COMPILED: compiled(op.function),
-        **op.peers,
-    }
+class Sides(dict[str, Callable[..., Any]]):
+    """What each side of a row calls. torch.compile is started only for the sides that are asked for."""
+
+    def __init__(self, op: Op) -> None:
+        super().__init__({EAGER: op.eager, OURS: op.function, **op.peers})
+        self.sources = {COMPILED: op.eager, OURS_COMPILED: op.function}
+        self.names = (EAGER, COMPILED, OURS, OURS_COMPILED, *op.peers)
+
+    def __missing__(self, name: str) -> Callable[..., Any]:
+        self[name] = compiled(self.sources[name])
+        return self[name]
 
 
-def build(
-    op: Op, benchmark: Benchmark, device: str, name: str, called: Callable[..., Any]
-) -> Side:
-    """One side of a row, ready to be timed; `called` is that of functions()."""
+def build(op: Op, benchmark: Benchmark, device: str, name: str, sides: Sides | None = None) -> Side:
+    """One side of a row, ready to be timed."""
     given = op.inputs(benchmark.case, benchmark.dtype, device, SEED)
     if name in (OURS, OURS_COMPILED):
         given = with_seed(op, given)
-    return Side(name, bind(called, given, benchmark.backward))
+    return Side(name, bind((sides or Sides(op))[name], given, benchmark.backward))
 
 
 def small(op: Op, benchmark: Benchmark) -> Benchmark:
@@ -161,7 +161,7 @@ def errors_of_eager(
     return [worst(e, t) for e, t in zip(eager, truths, strict=True)]
 
 
-def fault(op: Op, benchmark: Benchmark, device: str, called: dict[str, Callable[..., Any]]) -> str:
+def fault(op: Op, benchmark: Benchmark, device: str, sides: Sides) -> str:
     """What is wrong with our values on the timed input, eager or compiled, or "".
 
     An error may be twice that of eager PyTorch in the same dtype with the same noise, plus the row's
@@ -171,7 +171,7 @@ def fault(op: Op, benchmark: Benchmark, device: str, called: dict[str, Callable[
     truths = tuple(t.detach() for t in truth(op, benchmark, device, given))
     eager = errors_of_eager(op, benchmark, given, truths)
     for name in (OURS, OURS_COMPILED):
-        ours = results(called[name], with_seed(op, given), benchmark.backward)
+        ours = results(sides[name], with_seed(op, given), benchmark.backward)
         for i, (got, true, error) in enumerate(zip(ours, truths, eager, strict=True)):
             if got.shape != true.shape:
                 return f"{name}: result {i} has shape {tuple(got.shape)}, not {tuple(true.shape)}"

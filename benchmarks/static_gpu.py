@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import csv
 import dataclasses
-import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path

@@ -83,7 +83,8 @@ static py::dict cpu_features() {
   return features;
 }
 
-// Large blocks come from the heap and stay there: no page faults on the next allocation of that size.
+// Large blocks come from the heap and stay there: no page faults on the next allocation of that
+// size.
 static bool reuse_memory() {
 #if defined(__GLIBC__)
   return mallopt(M_MMAP_MAX, 0) == 1 && mallopt(M_TRIM_THRESHOLD, 0x7fffffff) == 1;
@@ -115,8 +116,8 @@ static Array<float> noise(Distribution distribution, int64_t seed, int64_t offse
   Array<float> out({rows, columns});
   const Result result{out.mutable_data(), columns, DType::f32};
   const NoiseKey key{(uint64_t)seed, (uint64_t)offset, stream};
-  if (out.size()) select_noise_table().fill(distribution, key, result, columns, 0,
-                                            rows * chunks_of(columns));
+  if (out.size())
+    select_noise_table().fill(distribution, key, result, columns, 0, rows * chunks_of(columns));
   return out;
 }
 
@@ -129,7 +130,8 @@ static Array<float> unary(const Array<float>& x) {
 
 static py::tuple sincospi(const Array<float>& x) {
   Array<float> sine(x.size()), cosine(x.size());
-  select_noise_table().math.sincospi(x.data(), sine.mutable_data(), cosine.mutable_data(), x.size());
+  select_noise_table().math.sincospi(x.data(), sine.mutable_data(), cosine.mutable_data(),
+                                     x.size());
   return py::make_tuple(sine, cosine);
 }
 
@@ -151,7 +153,8 @@ static Array<float> host_uniform(int64_t seed, int64_t offset, uint32_t stream, 
 }
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Native kernels of gmkernels: build info, CPU features and host maths over NumPy arrays.";
+  m.doc() =
+      "Native kernels of gmkernels: build info, CPU features and host maths over NumPy arrays.";
   m.def("build_info", &build_info);
   m.def("cpu_features", &cpu_features);
   m.def("isa", &isa, "The instruction set in use.");

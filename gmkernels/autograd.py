@@ -1,10 +1,13 @@
 """The one helper that makes an op differentiable, whatever asks for the derivative.
 
-- eager mode: a ctx-style autograd.Function whose backward is a second such Function, both calling the
+- eager mode: a ctx-style autograd.Function whose backward is a second such Function, both calling
+the
   registered operators below autograd;
-- under torch.compile and torch.export: the registered operators themselves, with autograd registered
+- under torch.compile and torch.export: the registered operators themselves, with autograd
+registered
   on the forward and on the backward operator;
-- under torch.func and forward-mode AD: the reference formula, which PyTorch differentiates as it is.
+- under torch.func and forward-mode AD: the reference formula, which PyTorch differentiates as it
+is.
 
 Second derivatives are taken through the reference formula everywhere.
 """
@@ -49,9 +52,9 @@ class DifferentiableOp:
     """An op with a forward and a backward operator on each backend.
 
     The operators of `name` take `inputs` differentiable tensors (or None) first and constants after
-    them (the noise key, floats, ints); backward takes the `outputs` gradients (or None) before these
-    and a bit mask of the wanted inputs after them, and returns `inputs` gradients, empty where not
-    wanted. Backward reads the inputs alone: nothing else is saved.
+    them (the noise key, floats, ints); backward takes the `outputs` gradients (or None) before
+    these and a bit mask of the wanted inputs after them, and returns `inputs` gradients, empty
+    where not wanted. Backward reads the inputs alone: nothing else is saved.
 
     Args:
         name: of the op, as in the dispatch table.
@@ -114,7 +117,9 @@ class DifferentiableOp:
             xs = [_alias(x, create_graph) for x in args[: self.inputs]]
             gs = [_alias(g, create_graph) for g in grads]
             outs = self.reference(*xs, *args[self.inputs :])
-            pairs = [(o, g) for o, g in zip(outs, gs, strict=True) if g is not None and o.requires_grad]
+            pairs = [
+                (o, g) for o, g in zip(outs, gs, strict=True) if g is not None and o.requires_grad
+            ]
             wanted = [x for i, x in enumerate(xs) if needs >> i & 1 and x is not None]
             firsts = torch.autograd.grad(
                 [o for o, _ in pairs],
@@ -174,7 +179,9 @@ class DifferentiableOp:
         torch.library.register_autograd(
             f"{qualified}_forward", backward, setup_context=setup_forward
         )
-        torch.library.register_autograd(f"{qualified}_backward", second, setup_context=setup_backward)
+        torch.library.register_autograd(
+            f"{qualified}_backward", second, setup_context=setup_backward
+        )
 
 
 def _alias(x: Tensor | None, create_graph: bool) -> Tensor | None:
@@ -204,7 +211,8 @@ def _save(ctx: Any, args: Arguments) -> None:
 def _saved(ctx: Any) -> Arguments:
     saved = iter(ctx.saved_tensors)
     return tuple(
-        next(saved) if is_tensor else x for x, is_tensor in zip(ctx.constants, ctx.flags, strict=True)
+        next(saved) if is_tensor else x
+        for x, is_tensor in zip(ctx.constants, ctx.flags, strict=True)
     )
 
 

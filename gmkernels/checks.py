@@ -1,4 +1,4 @@
-"""Checks that every public function makes once, in words for people. Never of values: that would sync."""
+"""Checks that every public function makes once, in words. Never of values: that would sync."""
 
 from typing import Any
 
@@ -14,10 +14,13 @@ def check_tensor(op: str, name: str, x: Any, device: torch.device | None = None)
         raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
     if x.dtype not in FLOATS:
         raise TypeError(
-            f"{op}: {name} must be float32, bfloat16, float16 or float64, got {x.dtype}; cast it first"
+            f"{op}: {name} must be float32, bfloat16, float16 or float64, got {x.dtype}; "
+            "cast it first"
         )
     if x.layout is not torch.strided:
-        raise TypeError(f"{op}: {name} must be a dense tensor, got layout {x.layout}; call .to_dense()")
+        raise TypeError(
+            f"{op}: {name} must be a dense tensor, got layout {x.layout}; call .to_dense()"
+        )
     if device is not None and x.device != device:
         raise ValueError(f"{op}: {name} must be on {device} like the others, got {x.device}")
 
@@ -27,7 +30,8 @@ def check_rows(op: str, name: str, x: Any) -> None:
     check_tensor(op, name, x)
     if x.dim() < 2:
         raise ValueError(
-            f"{op}: {name} must have shape [B, *] with at least two dimensions, got {tuple(x.shape)}; "
+            f"{op}: {name} must have shape [B, *] with at least two dimensions, "
+            f"got {tuple(x.shape)}; "
             f"{name}[None] makes one row of a vector, {name}[:, None] one element a row"
         )
 
@@ -55,7 +59,7 @@ def expand_rows(op: str, name: str, x: Any, like_name: str, like: Tensor) -> Ten
 
 
 def is_row_contiguous(x: Tensor) -> bool:
-    """Whether each row is contiguous; rows may be at any stride, as the halves of one tensor are."""
+    """Whether each row is contiguous; rows may be at any stride, as halves of one tensor are."""
     if x.is_contiguous():
         return True
     expected = 1
@@ -73,10 +77,8 @@ def in_rows(x: Tensor) -> Tensor:
 
 def in_layout_of(y: Tensor, like: Tensor) -> Tensor:
     """y in channels_last memory if `like` is, for results of `like`'s shape."""
-    if like.dim() == 4 and not like.is_contiguous():
-        if like.is_contiguous(memory_format=torch.channels_last):
-            return y.contiguous(memory_format=torch.channels_last)
-    elif like.dim() == 5 and not like.is_contiguous():
-        if like.is_contiguous(memory_format=torch.channels_last_3d):
-            return y.contiguous(memory_format=torch.channels_last_3d)
-    return y
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    wanted = formats.get(like.dim())
+    if wanted is None or like.is_contiguous() or not like.is_contiguous(memory_format=wanted):
+        return y
+    return y.contiguous(memory_format=wanted)

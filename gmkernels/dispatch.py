@@ -2,8 +2,8 @@
 
 A backend is `native` (C++ on CPU, CUDA C++ on GPU), `triton` (GPU, or CPU under TRITON_INTERPRET=1)
 or `reference` (plain PyTorch, any device and dtype). The table is filled once, at import; a backend
-that cannot be loaded keeps its reason there. `backend=None` takes the first usable of ORDER; a named
-backend runs or raises.
+that cannot be loaded keeps its reason there. `backend=None` takes the first usable of ORDER; a
+named backend runs or raises.
 """
 
 import importlib
@@ -142,7 +142,7 @@ def kernel(op: str, backend: str) -> Kernel:
     return found
 
 
-class use_backend:  # noqa: N801 - a context manager that reads like a function, as torch.no_grad
+class use_backend:
     """Runs every op inside the block on one backend: `with gmkernels.use_backend("reference"):`.
 
     A call's own `backend=` wins over it. Raises ValueError for an unknown name; the call inside
@@ -151,7 +151,9 @@ class use_backend:  # noqa: N801 - a context manager that reads like a function,
 
     def __init__(self, name: str) -> None:
         if name not in BACKENDS:
-            raise ValueError(f"use_backend: name must be one of {', '.join(BACKENDS)}, got {name!r}")
+            raise ValueError(
+                f"use_backend: name must be one of {', '.join(BACKENDS)}, got {name!r}"
+            )
         self.name = name
         self.previous: str | None = None
 
@@ -165,7 +167,7 @@ class use_backend:  # noqa: N801 - a context manager that reads like a function,
         _forced = self.previous
 
 
-class use_isa:  # noqa: N801 - as above
+class use_isa:
     """Forces the CPU objects of one instruction set, "portable", "v3" or "v4", for a block.
 
     For tests and benchmarks. Raises ValueError if this CPU or build lacks it.
@@ -228,9 +230,10 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
 
 
 def define(namespace: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Registers `function` as the opaque operator namespace::name, so that Dynamo never looks inside.
+    """Registers `function` as the opaque operator namespace::name: Dynamo never looks inside.
 
-    The schema follows from the annotations; `fake` gives empty outputs of the right shape and dtype.
+    The schema follows from the annotations; `fake` gives empty outputs of the right shape and
+    dtype.
     """
     name = f"{namespace}::{function.__name__}"
     torch.library.define(name, torch.library.infer_schema(function, mutates_args=()))
@@ -241,9 +244,10 @@ def define(namespace: str, function: Callable[..., Any], fake: Callable[..., Any
 def reuse_memory() -> bool:
     """Makes large CPU tensors reuse memory instead of mapping and faulting it anew. Opt-in, glibc.
 
-    Calls mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2^31 - 1): blocks of any size come from
-    the heap and stay there, so that a 64 MB output costs no page faults the second time. The price:
-    memory goes back to the system later. Process-wide, not undone. Returns True where it took effect;
+    Calls mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2^31 - 1): blocks of any size come
+    from the heap and stay there, so that a 64 MB output costs no page faults the second time. The
+    price: memory goes back to the system later. Process-wide, not undone. Returns True where it
+        took effect;
     elsewhere it warns and returns False.
     """
     if extension is not None and extension.reuse_memory():

@@ -1,8 +1,8 @@
 """Counter-based noise: the same bits on every backend, device, thread count and batch split.
 
 A number is a pure function of (seed, row, position in the row). Philox4x32-10 is keyed by the seed;
-its counter is (d // 4, row low, row high, stream), its word d % 4. A tensor is rows along dimension 0
-(a 0-d or 1-D tensor is one row), d the flat logical index within the row, row = offset + b. See
+its counter is (d // 4, row low, row high, stream), its word d % 4. A tensor is rows along dimension
+0 (a 0-d or 1-D tensor is one row), d the flat logical index within the row, row = offset + b. See
 ops/noise/reference.py for the formulas.
 
 A key is an int64 tensor (seed, offset); it is accepted wherever a seed is.
@@ -72,7 +72,9 @@ torch.library.define(
     "(*, Device device) -> Tensor",
     tags=(torch.Tag.nondeterministic_seeded,),
 )
-torch.library.impl("gmkernels::draw_seed", ("BackendSelect", "CompositeExplicitAutograd"))(_draw_seed)
+torch.library.impl("gmkernels::draw_seed", ("BackendSelect", "CompositeExplicitAutograd"))(
+    _draw_seed
+)
 torch.library.register_fake("gmkernels::draw_seed")(
     lambda *, device: torch.empty(1, dtype=torch.int64, device=device)
 )
@@ -85,7 +87,7 @@ def resolve_key(
     generator: torch.Generator | None,
     device: torch.device,
 ) -> Tensor:
-    """The key that a call of `op` uses: from its seed, its generator, or torch's default generator."""
+    """The key that a call of `op` uses: from its seed, its generator, or the default generator."""
     if seed is not None:
         if generator is not None:
             raise ValueError(f"{op}: give seed or generator, not both")
@@ -95,7 +97,9 @@ def resolve_key(
         return made
     if generator is not None:
         if torch.compiler.is_compiling():
-            raise RuntimeError(f"{op}: generator= works in eager mode only; under compile pass seed=")
+            raise RuntimeError(
+                f"{op}: generator= works in eager mode only; under compile pass seed="
+            )
         if generator.device.type != device.type:
             raise ValueError(
                 f"{op}: the generator is on {generator.device}, the inputs are on {device}"
@@ -111,8 +115,10 @@ def _fold_in(key: Tensor, index: Tensor) -> Tensor:
     # On the CPU Python's integers are faster than forty small tensor ops.
     on_cpu = key.device.type == "cpu"
     seed, offset = key.tolist() if on_cpu else key.unbind()
-    i = index.item() if on_cpu else index
-    low, high, _, _ = reference.philox((i & _MASK, i >> 32 & _MASK, i * 0, i * 0 + _FOLD_STREAM), seed)
+    i = int(index) if on_cpu else index
+    low, high, _, _ = reference.philox(
+        (i & _MASK, i >> 32 & _MASK, i * 0, i * 0 + _FOLD_STREAM), seed
+    )
     if on_cpu:
         folded = low | (high ^ 0x80000000) << 32
         return torch.tensor((folded - (1 << 63), offset), dtype=torch.int64)
@@ -171,9 +177,7 @@ def _draw(
     if any(n < 0 for n in shape):
         raise ValueError(f"{op}: shape must be >= 0 in each dimension, got {shape}")
     if not dtype.is_floating_point or dtype.itemsize < 2:
-        raise TypeError(
-            f"{op}: dtype must be float32, bfloat16, float16 or float64, got {dtype}"
-        )
+        raise TypeError(f"{op}: dtype must be float32, bfloat16, float16 or float64, got {dtype}")
     if not 0 <= stream < _FOLD_STREAM:
         raise ValueError(f"{op}: stream must lie in [0, 2^32 - 1), got {stream}")
     where = torch.empty(0, device=device).device  # the default device, or cuda with its index

@@ -80,7 +80,8 @@ class Op:
         function: the public function; `backend="reference"` in float64 is the truth.
         eager: what a user writes without this library: same arguments, plus `eps=` where `noisy`.
         inputs: (case, dtype, device, seed) -> Inputs; the same seed gives the same values.
-        bytes: minimal traffic of one call, (case, dtype, backward) -> bytes; every input and output once.
+        bytes: minimal traffic of one call, (case, dtype, backward) -> bytes; every input and output
+            once.
         flops: arithmetic of one forward, (case) -> operations, for the share of the matmul rate.
         floor: what the error may exceed twice eager's by, in ulp of the output's scale, and why.
         differentiable: whether gradients and second derivatives are tested.

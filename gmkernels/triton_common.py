@@ -48,7 +48,9 @@ def recorded() -> Iterator[list[Launch]]:
         _recording = None
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, **constants: Any) -> None:
+def launch(
+    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, **constants: Any
+) -> None:
     """Runs kernel[grid] without floating-point contraction, on the device of its first tensor."""
     if _recording is not None:
         _recording.append(Launch(kernel, args, constants, num_warps))
@@ -62,7 +64,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, *
 
 
 def tile(rows: int, columns: int) -> tuple[int, int]:
-    """Tile [R, C] for a [rows, columns] problem: whole rows while they fit, powers of two, C >= 4."""
+    """Tile [R, C] for a [rows, columns] problem: whole rows if they fit, powers of two, C >= 4."""
     c = min(MAX_TILE, max(4, triton.next_power_of_2(columns)))
     return max(1, min(MAX_TILE // c, triton.next_power_of_2(max(rows, 1)))), c
 
@@ -155,14 +157,14 @@ def normal_pair(w0, w1):
 
 @triton.jit
 def load_key(key_ptr):
-    """Two words of the seed and the offset; key_ptr: int64 [2]. Load it before a loop, not in it."""
+    """Two words of the seed and the offset; key_ptr: int64 [2]. Load it before a loop."""
     words_ptr = key_ptr.to(tl.pointer_type(tl.uint32))
     return tl.load(words_ptr), tl.load(words_ptr + 1), tl.load(key_ptr + 1)
 
 
 @triton.jit
 def noise_words(key, row, d4, STREAM: tl.constexpr):
-    """Words of counters (d4, row, STREAM); key from load_key(); row: int64, d4: int32, broadcastable."""
+    """Words of counters (d4, row, STREAM); key: load_key()'s; row: int64, d4: int32."""
     row, d4 = tl.broadcast(key[2] + row, d4)
     stream = tl.full(d4.shape, STREAM, tl.uint32)
     low, high = row.to(tl.uint32), (row >> 32).to(tl.uint32)

@@ -45,11 +45,15 @@ def test_use_backend_nests_and_restores():
 
 
 def test_unknown_and_unusable_backends():
-    with pytest.raises(ValueError, match="name must be one of native, triton, reference, got 'cuda'"):
+    with pytest.raises(
+        ValueError, match="name must be one of native, triton, reference, got 'cuda'"
+    ):
         gmkernels.use_backend("cuda")
     with pytest.raises(ValueError, match="backend must be one of native, triton, reference"):
         gaussian_kl(X, X, backend="fast")
-    with pytest.raises(RuntimeError, match="'native' cannot run this call: float64 runs on the reference"):
+    with pytest.raises(
+        RuntimeError, match="'native' cannot run this call: float64 runs on the reference"
+    ):
         gaussian_kl(X.double(), X.double(), backend="native")
 
 
@@ -86,24 +90,36 @@ def test_refusals(function):
     first, second = ("x", "mean") if function is gaussian_nll else (first, second)
     with pytest.raises(TypeError, match=f"{name}: {first} must be a tensor, got list"):
         function([1.0], X)
-    with pytest.raises(TypeError, match=f"{name}: {first} must be float32, .* got torch.int64; cast"):
+    with pytest.raises(
+        TypeError, match=f"{name}: {first} must be float32, .* got torch.int64; cast"
+    ):
         function(X.long(), X)
-    with pytest.raises(TypeError, match=f"{name}: {second} must be float32, .* got torch.complex64"):
+    with pytest.raises(
+        TypeError, match=f"{name}: {second} must be float32, .* got torch.complex64"
+    ):
         function(X, X.to(torch.complex64))
-    with pytest.raises(TypeError, match=f"{name}: {first} must be a dense tensor, got layout torch.sparse"):
+    with pytest.raises(
+        TypeError, match=f"{name}: {first} must be a dense tensor, got layout torch.sparse"
+    ):
         function(X.to_sparse(), X)
-    with pytest.raises(ValueError, match=rf"{name}: {first} must have shape \[B, \*\] .* got \(4,\)"):
+    with pytest.raises(
+        ValueError, match=rf"{name}: {first} must have shape \[B, \*\] .* got \(4,\)"
+    ):
         function(X[0], X[0])
     with pytest.raises(
         ValueError, match=rf"{name}: {second} must have {first}'s shape \(3, 4\), got \(4, 3\)"
     ):
         function(X, X.t())
-    with pytest.raises(ValueError, match=f"{name}: {second} must be on cpu like the others, got meta"):
+    with pytest.raises(
+        ValueError, match=f"{name}: {second} must be on cpu like the others, got meta"
+    ):
         function(X, X.to("meta"))
 
 
 def test_refusals_of_the_gaussians():
-    with pytest.raises(ValueError, match=r"prior_mean must have mean's shape \(3, 4\), or one row of it"):
+    with pytest.raises(
+        ValueError, match=r"prior_mean must have mean's shape \(3, 4\), or one row of it"
+    ):
         gaussian_kl(X, X, prior_mean=torch.zeros(5))
     with pytest.raises(ValueError, match=r"logvar_range must be \(low, high\) with low <= high"):
         gaussian_kl(X, X, logvar_range=(1.0, -1.0))
@@ -148,7 +164,10 @@ def test_direct_calls_of_the_operators_never_crash():
         ((X, X, None, None, X, key, -1.0, 1.0), "exactly one of eps and key"),
         ((X, X, None, None, None, None, -1.0, 1.0), "exactly one of eps and key"),
         ((X, X, None, None, None, torch.tensor([1, -1]), -1.0, 1.0), "offset must be >= 0"),
-        ((X, X, None, None, None, torch.tensor([1.0, 0.0]), -1.0, 1.0), "int64 tensor of two elements"),
+        (
+            (X, X, None, None, None, torch.tensor([1.0, 0.0]), -1.0, 1.0),
+            "int64 tensor of two elements",
+        ),
         ((X, X, None, None, None, torch.tensor([1]), -1.0, 1.0), "int64 tensor of two elements"),
         ((torch.zeros(()), torch.zeros(()), *tail), "must have a batch dimension"),
         ((X.to_sparse(), X, *tail), "(?i)sparse"),
@@ -166,7 +185,9 @@ def test_direct_calls_of_the_operators_never_crash():
 
 def test_an_output_that_does_not_fit_names_its_size():
     row = torch.zeros(1, 1).expand(1 << 40, 64)
-    with pytest.raises(RuntimeError, match=r"could not allocate an output of shape \(1099511627776"):
+    with pytest.raises(
+        RuntimeError, match=r"could not allocate an output of shape \(1099511627776"
+    ):
         torch.ops.gmkernels.gaussian_kl_forward(row[:, :1], row[:, :1], None, None, 0.0, 1.0)
 
 

@@ -10,11 +10,18 @@ import torch
 from torch import Tensor
 
 import gmkernels
-from gmkernels import dispatch, noise
+from gmkernels import dispatch, noise, registry
 from gmkernels.ops.noise import reference
+from gmkernels.spec import Case, Op
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_noise.json").read_text())
 DRAWS = {"normal": gmkernels.normal, "uniform": gmkernels.uniform}
+ROWS = [
+    pytest.param(op, case, id=f"{op.name}-{case.name}")
+    for op in registry.rows()
+    if op.family == "noise"
+    for case in op.cases
+]
 MASK = 0xFFFFFFFF
 # Rows below, at and above a counter, a vector of counters, a block (512) and a chunk (8192).
 SHAPES = [(1, 1), (3, 3), (5, 4), (4, 5), (3, 64), (2, 513), (2, 1000), (1, 8197)]
@@ -153,6 +160,20 @@ def test_other_dtypes_hold_the_float32_value(
         for isa in [] if dtype == torch.float64 else isas:
             with gmkernels.use_isa(isa):
                 assert same_bits(DRAWS[name](shape, seed=13, dtype=dtype), expected), isa
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("op", "case"), ROWS)
+def test_rows(op: Op, case: Case, dtype: torch.dtype, device: str) -> None:
+    """Every case of the family's rows has the reference's bits on every backend that takes it."""
+    given = op.inputs(case, dtype, device, 3)
+    expected = op.function(*given.args, **given.kwargs, backend="reference")
+    is_wide = expected.dtype == torch.float64
+    for backend in dispatch.BACKENDS:
+        if dispatch.why_not(op.name, backend, expected.device.type, is_wide) is None:
+            drawn = op.function(*given.args, **given.kwargs, backend=backend)
+            assert same_bits(drawn, expected), backend
+            assert drawn.device == expected.device
 
 
 def test_a_key_may_be_a_view(device: str, backends: list[str]) -> None:

@@ -18,6 +18,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from gmkernels import triton_common  # noqa: E402
+from gmkernels.ops.noise import triton_kernel  # noqa: E402
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_noise.json").read_text())
 DEVICE = "cpu" if triton_common.INTERPRETED else "cuda"
@@ -107,11 +108,13 @@ def test_sqrt_is_correctly_rounded() -> None:
         assert torch.equal(root, part.double().sqrt().float())
 
 
-@pytest.mark.parametrize("tile", [4, 16, 128])
+@pytest.mark.parametrize(("tile", "busy"), [(4, 2048), (16, 1), (16, 3), (128, 2048), (128, 1)])
 @pytest.mark.parametrize("draw", [gmkernels.normal, gmkernels.uniform])
-def test_tiles_agree(draw, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_agree(draw, tile: int, busy: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any tile, and any number of tiles a program, down the rows or along the columns."""
     monkeypatch.setattr(triton_common, "MAX_TILE", tile)
-    for shape in ((3, 5), (2, 130), (9, 1)):
+    monkeypatch.setattr(triton_kernel, "_BUSY", busy)
+    for shape in ((3, 5), (2, 130), (1, 1027), (65, 1), (70, 4)):
         call = {"seed": -3, "offset": 2**32 - 1, "stream": 9}
         drawn = draw(shape, **call, device=DEVICE, backend="triton")
         assert torch.equal(drawn.cpu(), draw(shape, **call, backend="reference")), shape

@@ -15,7 +15,9 @@ from gmkernels.spec import Case, Inputs, Op
 ROWS = [op for op in registry.rows() if op.differentiable]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SEED = 7
-EVERY_CASE = [pytest.param(op, case, id=f"{op.name}-{case.name}") for op in ROWS for case in op.cases]
+EVERY_CASE = [
+    pytest.param(op, case, id=f"{op.name}-{case.name}") for op in ROWS for case in op.cases
+]
 EVERY_OP = [pytest.param(op, id=op.name) for op in ROWS]
 
 
@@ -30,7 +32,9 @@ def with_noise(op: Op, given: Inputs, eager: bool) -> Inputs:
     first = given.args[0]
     extra = {"seed": SEED}
     if eager:
-        eps = gmkernels.normal(tuple(first.shape), seed=SEED, device=first.device, backend="reference")
+        eps = gmkernels.normal(
+            tuple(first.shape), seed=SEED, device=first.device, backend="reference"
+        )
         extra = {"eps": eps.to(first.dtype)}
     return Inputs(given.args, {**given.kwargs, **extra})
 
@@ -49,7 +53,9 @@ def outputs_and_gradients(
 
     def draw(like: Tensor) -> Tensor:
         values = torch.randn(like.shape, generator=generator, dtype=torch.float64)
-        return values.to(like.device, torch.bfloat16).to(like.dtype)  # the same number in each dtype
+        return values.to(like.device, torch.bfloat16).to(
+            like.dtype
+        )  # the same number in each dtype
 
     cotangents = [draw(o).requires_grad_(second) for o in outs]
     firsts = torch.autograd.grad(outs, tensors, cotangents, create_graph=second)
@@ -84,7 +90,9 @@ def assert_within(op: Op, name: str, got: Tensor, eager: Tensor, truth: Tensor) 
     assert error <= bound, f"{name}: error {error:.3e}, bound {bound:.3e}, scale {scale:.3e}"
 
 
-def compare(op: Op, case: Case, dtype: torch.dtype, device: str, backend: str, second: bool) -> None:
+def compare(
+    op: Op, case: Case, dtype: torch.dtype, device: str, backend: str, second: bool
+) -> None:
     given = op.inputs(case, dtype, device, 3)
     truth = outputs_and_gradients(
         op.function,
@@ -120,7 +128,9 @@ def test_second_derivatives(op, case, backend, device):
 @pytest.mark.parametrize(("op", "case"), EVERY_CASE)
 def test_reference_gradcheck(op, case, device):
     if case.kind in ("large", "block", "block-1", "block+1", "boundary"):
-        pytest.skip("shapes too large for finite differences, or points where the formula has a corner")
+        pytest.skip(
+            "shapes too large for finite differences, or points where the formula has a corner"
+        )
     given = leaves(op.inputs(case, torch.float64, device, 3).map(Tensor.double))
     if not all(x.numel() for x in given.tensors()):
         pytest.skip("nothing to differentiate")
@@ -163,15 +173,21 @@ def test_every_object_and_thread_count_agrees(op, isas, device):
                 torch.set_num_threads(count)
                 with dispatch.use_isa(isa):
                     call = with_noise(op, leaves(given), False)
-                    found.append((isa, outputs_and_gradients(op.function, call, False, backend="native")))
+                    found.append(
+                        (isa, outputs_and_gradients(op.function, call, False, backend="native"))
+                    )
     finally:
         torch.set_num_threads(threads)
     for (isa, one), (_, two) in zip(found[::2], found[1::2], strict=True):
         for a, b in zip(one[0] + tuple(one[1]), two[0] + tuple(two[1]), strict=True):
             assert torch.equal(a, b), f"{isa}: one and two threads differ"
     for isa, run in found[2:]:
-        for a, b in zip(run[0] + tuple(run[1]), found[0][1][0] + tuple(found[0][1][1]), strict=True):
-            torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6, msg=lambda m, isa=isa: f"{isa}: {m}")
+        for a, b in zip(
+            run[0] + tuple(run[1]), found[0][1][0] + tuple(found[0][1][1]), strict=True
+        ):
+            torch.testing.assert_close(
+                a, b, rtol=2e-6, atol=2e-6, msg=lambda m, isa=isa: f"{isa}: {m}"
+            )
 
 
 @pytest.mark.parametrize("op", EVERY_OP)
@@ -255,7 +271,11 @@ def operator_samples(op: Op, device: str):
     """Calls of the registered operators, by hand: the one place that knows their schemas."""
 
     def x(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(device).requires_grad_()
+        return (
+            torch.randn(shape, generator=torch.Generator().manual_seed(2))
+            .to(device)
+            .requires_grad_()
+        )
 
     key = noise.key(SEED).to(device)
     plain, prior = (x(3, 5), x(3, 5), None, None), (x(3, 5), x(3, 5), x(3, 5), x(3, 5))
@@ -279,7 +299,9 @@ def test_every_backend_has_the_same_schema():
     for op in ROWS:
         for part in ("forward", "backward"):
             texts = {
-                str(getattr(getattr(torch.ops, space), f"{op.name}_{part}").default._schema).split("::")[1]
+                str(getattr(getattr(torch.ops, space), f"{op.name}_{part}").default._schema).split(
+                    "::"
+                )[1]
                 for space in dispatch.NAMESPACES.values()
             }
             plain = {t.replace("SymInt", "int").replace("float", "f") for t in texts}

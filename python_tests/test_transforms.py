@@ -1,16 +1,18 @@
-"""torch.compile, torch.export, torch.func, forward-mode AD and checkpointing: the same numbers as eager."""
+"""torch.compile, torch.export, torch.func, forward-mode AD, checkpointing: the numbers of eager."""
 
 import pytest
 import torch
+from test_ops import SEED, as_tuple, leaves, outputs_and_gradients, with_noise
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import gmkernels
 from gmkernels import noise, registry, reparameterize_kl
-from test_ops import SEED, as_tuple, leaves, outputs_and_gradients, with_noise
 
 ROWS = [op for op in registry.rows() if op.differentiable]
-EVERY_CASE = [pytest.param(op, case, id=f"{op.name}-{case.name}") for op in ROWS for case in op.cases]
+EVERY_CASE = [
+    pytest.param(op, case, id=f"{op.name}-{case.name}") for op in ROWS for case in op.cases
+]
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +61,10 @@ def test_compiled_by_inductor(op):
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_shapes_change(dynamic):
     function = torch.compile(
-        lambda m, l: reparameterize_kl(m, l, seed=3), fullgraph=True, dynamic=dynamic, backend="aot_eager"
+        lambda m, l: reparameterize_kl(m, l, seed=3),
+        fullgraph=True,
+        dynamic=dynamic,
+        backend="aot_eager",
     )
     for shape in ((4, 5), (7, 9), (2, 1025)):
         m, l = torch.randn(shape), torch.randn(shape)
@@ -68,7 +73,9 @@ def test_compiled_shapes_change(dynamic):
 
 
 def test_compiled_draws_a_new_seed_each_call(pair):
-    function = torch.compile(lambda m, l: reparameterize_kl(m, l)[0], fullgraph=True, backend="aot_eager")
+    function = torch.compile(
+        lambda m, l: reparameterize_kl(m, l)[0], fullgraph=True, backend="aot_eager"
+    )
     torch.manual_seed(5)
     one, two = function(*pair), function(*pair)
     torch.manual_seed(5)
@@ -155,7 +162,9 @@ def test_func_grad_inside_compile_wants_the_reference(pair):
 
     def step(backend):
         return torch.compile(
-            lambda m, l: torch.func.grad(loss)(m, l, backend=backend), fullgraph=True, backend="aot_eager"
+            lambda m, l: torch.func.grad(loss)(m, l, backend=backend),
+            fullgraph=True,
+            backend="aot_eager",
         )
 
     with pytest.raises(RuntimeError):  # loud: a registered operator has no rule for torch.func here
@@ -179,7 +188,9 @@ def test_forward_mode(pair):
 
 def test_vmap():
     mean, logvar, eps = torch.randn(3, 6, 4, 5).unbind()
-    with pytest.raises(RuntimeError, match="under vmap one seed would give every example the same noise"):
+    with pytest.raises(
+        RuntimeError, match="under vmap one seed would give every example the same noise"
+    ):
         torch.vmap(lambda m, l: reparameterize_kl(m, l, seed=1)[0])(mean, logvar)
     with pytest.raises(RuntimeError, match="under vmap one seed"):
         torch.vmap(lambda m, l: reparameterize_kl(m, l)[0])(mean, logvar)

@@ -1,5 +1,6 @@
-// What every row kernel on the CPU does around its formula: cut rows into chunks, bring blocks of any
-// dtype to float32 in the first-level cache, make noise there, and run a body over vectors and a tail.
+// What every row kernel on the CPU does around its formula: cut rows into chunks, bring blocks of
+// any dtype to float32 in the first-level cache, make noise there, and run a body over vectors and
+// a tail.
 #pragma once
 
 #include "common/convert.h"
@@ -33,8 +34,8 @@ struct BlockSum {
   double total() const { return (double)sum_lanes(lanes) + (double)tail; }
 };
 
-// Elements [start, start + n) of a row as float32: in place if they are, else in the buffer. An absent
-// operand reads as zeros.
+// Elements [start, start + n) of a row as float32: in place if they are, else in the buffer. An
+// absent operand reads as zeros.
 static inline const float* load_block(const Operand& x, int64_t row, int64_t start, int64_t n,
                                       Buffer& buffer) {
   float* out = buffer.data;
@@ -69,7 +70,8 @@ static inline const float* load_block(const Operand& x, int64_t row, int64_t sta
 
 // Where a block of results is to be written: the output itself if it is float32, else the buffer.
 static inline float* open_block(const Result& y, int64_t row, int64_t start, Buffer& buffer) {
-  return y.data && y.dtype == DType::f32 ? (float*)y.data + row * y.row_stride + start : buffer.data;
+  return y.data && y.dtype == DType::f32 ? (float*)y.data + row * y.row_stride + start
+                                         : buffer.data;
 }
 
 // Converts a block that open_block() put into the buffer; nothing to do for float32.
@@ -118,7 +120,8 @@ static inline void normals(const NoiseKey& key, int64_t row, int64_t start, int6
 }
 
 // Uniforms in (0, 1] likewise.
-static inline void uniforms(const NoiseKey& key, int64_t row, int64_t start, int64_t n, float* out) {
+static inline void uniforms(const NoiseKey& key, int64_t row, int64_t start, int64_t n,
+                            float* out) {
   for (int64_t i = 0; i < n; i += 4 * kLanes) {
     vu w[4];
     philox_words(key, key.offset + (uint64_t)row, (uint32_t)((start + i) / 4), w);

@@ -1,5 +1,6 @@
-// The torch side of every <family>.cpp: memory-safety checks, allocation, keys, threads and streams.
-// Built on PyTorch's stable ABI alone. Messages for people live in Python; these guard direct calls.
+// The torch side of every <family>.cpp: memory-safety checks, allocation, keys, threads and
+// streams. Built on PyTorch's stable ABI alone. Messages for people live in Python; these guard
+// direct calls.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -33,18 +34,21 @@ inline DType float_dtype(const char* op, const char* name, ScalarType dtype) {
   if (dtype == ScalarType::Float) return DType::f32;
   if (dtype == ScalarType::BFloat16) return DType::bf16;
   GM_CHECK(dtype == ScalarType::Half, op, ": ", name,
-           " must be float32, bfloat16 or float16 on the native backend; cast it, or use backend='reference'");
+           " must be float32, bfloat16 or float16 on the native backend; cast it, or use "
+           "backend='reference'");
   return DType::f16;
 }
 
-// The device and the row layout that one call runs on: dimension 0 of `x` is rows, the rest columns.
+// The device and the row layout that one call runs on: dimension 0 of `x` is rows, the rest
+// columns.
 struct Layout {
   const char* op;
   int64_t rows, columns;
   bool is_cuda;
   int32_t device;
 
-  Layout(const char* op, const Tensor& x) : op(op), is_cuda(x.is_cuda()), device(x.get_device_index()) {
+  Layout(const char* op, const Tensor& x)
+      : op(op), is_cuda(x.is_cuda()), device(x.get_device_index()) {
     GM_CHECK(is_cuda || x.is_cpu(), op, ": the native backend runs on cpu and cuda");
 #if !defined(GM_CUDA)
     GM_CHECK(!is_cuda, op, ": this build of gmkernels has no CUDA kernels; use backend='triton'");
@@ -53,7 +57,8 @@ struct Layout {
     rows = x.size(0);
     columns = 1;
     for (int64_t i = 1; i < x.dim(); ++i) columns *= x.size(i);
-    GM_CHECK(columns <= (int64_t)1 << 34, op, ": a row may hold at most 2^34 elements, got ", columns);
+    GM_CHECK(columns <= (int64_t)1 << 34, op, ": a row may hold at most 2^34 elements, got ",
+             columns);
   }
 
   void check_device(const char* name, const Tensor& x) const {
@@ -67,8 +72,8 @@ struct Layout {
 
   int64_t tasks() const { return rows * chunks_of(columns); }
 
-  // Runs body(begin, end) over tasks on torch's threads; a thread gets at least 2^14 elements of work,
-  // counting `weight` for each element.
+  // Runs body(begin, end) over tasks on torch's threads; a thread gets at least 2^14 elements of
+  // work, counting `weight` for each element.
   template <class Body>
   void parallel(const Body& body, int64_t weight = 1) const {
     const int64_t per_task = (columns < kChunk ? (columns < 16 ? 16 : columns) : kChunk) * weight;
@@ -77,8 +82,8 @@ struct Layout {
     torch::stable::parallel_for(0, tasks(), grain, body);
   }
 
-  // out[row] = scale * sum of the row + bias, where body(sums, begin, end) sums each task. The order
-  // of addition follows from the shape alone.
+  // out[row] = scale * sum of the row + bias, where body(sums, begin, end) sums each task. The
+  // order of addition follows from the shape alone.
   template <class Body>
   void sum_rows(float* out, double scale, double bias, const Body& body, int64_t weight = 1) const {
     const std::unique_ptr<double[]> sums(new double[tasks()]);
@@ -122,7 +127,8 @@ inline Operand row_operand(const Layout& layout, const char* name, const MaybeTe
   return {x->data_ptr(), x->stride(0), 0, dtype};
 }
 
-// An uninitialised contiguous tensor beside `like`; a failure names the op, the shape and the bytes.
+// An uninitialised contiguous tensor beside `like`; a failure names the op, the shape and the
+// bytes.
 inline Tensor allocate(const char* op, const Tensor& like, const int64_t* sizes, int64_t dim,
                        ScalarType dtype) {
   std::vector<int64_t> strides(dim);
@@ -169,7 +175,8 @@ inline Result result(const char* op, const Tensor& y, int64_t columns) {
   return {y.data_ptr(), columns, float_dtype(op, "output", y.scalar_type())};
 }
 
-// Gradients of the wanted inputs; bit i of needs stands for input i. What is not wanted stays empty.
+// Gradients of the wanted inputs; bit i of needs stands for input i. What is not wanted stays
+// empty.
 struct Wanted {
   const Layout& layout;
   int64_t needs;
@@ -181,7 +188,8 @@ struct Wanted {
   }
 };
 
-// A key tensor of two int64 (seed, offset): read here on the CPU, handed on as a pointer on the GPU.
+// A key tensor of two int64 (seed, offset): read here on the CPU, handed on as a pointer on the
+// GPU.
 struct Key {
   NoiseKey host;
   const int64_t* device = nullptr;

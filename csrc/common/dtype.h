@@ -4,8 +4,8 @@
 #include <cstdint>
 
 // GM_HD marks a formula that host and device share. GM_ISA is the namespace of the object being
-// compiled (portable, v3, v4; device under nvcc): no two objects may share an inline function, or the
-// linker could hand AVX-512 code to a machine that lacks it.
+// compiled (portable, v3, v4; device under nvcc): no two objects may share an inline function, or
+// the linker could hand AVX-512 code to a machine that lacks it.
 #if defined(__CUDACC__)
 #define GM_HD static __host__ __device__ __forceinline__
 #define GM_ISA device

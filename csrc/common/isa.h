@@ -1,5 +1,5 @@
-// One table of function pointers a family and instruction set; the widest that the CPU runs is chosen
-// at load, and set_isa() forces another for tests and benchmarks.
+// One table of function pointers a family and instruction set; the widest that the CPU runs is
+// chosen at load, and set_isa() forces another for tests and benchmarks.
 #pragma once
 
 #include <atomic>
@@ -13,20 +13,31 @@ Isa best_isa();
 extern std::atomic<Isa> active_isa;
 
 #if defined(GM_X86)
-#define GM_KERNEL_TABLE(Table, name)                        \
-  namespace portable { extern const Table name; }           \
-  namespace v3 { extern const Table name; }                 \
-  namespace v4 { extern const Table name; }                 \
-  inline const Table& select_##name() {                     \
-    switch (active_isa.load(std::memory_order_relaxed)) {   \
-      case Isa::v4: return v4::name;                        \
-      case Isa::v3: return v3::name;                        \
-      default: return portable::name;                       \
-    }                                                       \
+#define GM_KERNEL_TABLE(Table, name)                      \
+  namespace portable {                                    \
+  extern const Table name;                                \
+  }                                                       \
+  namespace v3 {                                          \
+  extern const Table name;                                \
+  }                                                       \
+  namespace v4 {                                          \
+  extern const Table name;                                \
+  }                                                       \
+  inline const Table& select_##name() {                   \
+    switch (active_isa.load(std::memory_order_relaxed)) { \
+      case Isa::v4:                                       \
+        return v4::name;                                  \
+      case Isa::v3:                                       \
+        return v3::name;                                  \
+      default:                                            \
+        return portable::name;                            \
+    }                                                     \
   }
 #else
-#define GM_KERNEL_TABLE(Table, name)                \
-  namespace portable { extern const Table name; }   \
+#define GM_KERNEL_TABLE(Table, name) \
+  namespace portable {               \
+  extern const Table name;           \
+  }                                  \
   inline const Table& select_##name() { return portable::name; }
 #endif
 

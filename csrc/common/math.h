@@ -1,8 +1,8 @@
 // Elementary functions in float32, for scalars and vectors alike, and on the GPU as scalars.
 //
-// Two kinds live here. The noise functions (ln_uniform, sincos_turns, normal_pair) are made of +, -, *,
-// bit operations and IEEE sqrt in a fixed order, so that every backend agrees to the last bit. The
-// others may use fma() and are merely accurate. Coefficients come from fit_polynomials.py.
+// Two kinds live here. The noise functions (ln_uniform, sincos_turns, normal_pair) are made of +,
+// -, *, bit operations and IEEE sqrt in a fixed order, so that every backend agrees to the last
+// bit. The others may use fma() and are merely accurate. Coefficients come from fit_polynomials.py.
 #pragma once
 
 #include "common/dtype.h"
@@ -34,7 +34,7 @@ GM_HD F log1p_polynomial(F f) {
   return p;
 }
 
-constexpr float kLn2High = 0.693145751953125f;          // 16 bits: e * kLn2High is exact
+constexpr float kLn2High = 0.693145751953125f;  // 16 bits: e * kLn2High is exact
 constexpr float kLn2Low = 1.42860676533018518e-06f;
 
 // ln u for u in (0, 1], u normal. Fixed order, no contraction. u = 2^e (1 + f).
@@ -86,8 +86,8 @@ GM_HD void normal_pair(F u0, F u1, F& n0, F& n1) {
 // exp(x) = 2^k (1 + tail) with tail = expm1 of the reduced argument; k is 0 for |x| <= ln(2)/2.
 template <class F>
 struct ExpParts {
-  F tail;        // r + r^2 q(r)
-  F excess;      // r^2 q(r), which is exp(r) - 1 - r without cancellation
+  F tail;    // r + r^2 q(r)
+  F excess;  // r^2 q(r), which is exp(r) - 1 - r without cancellation
   int_of<F> k;
 };
 

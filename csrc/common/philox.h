@@ -1,5 +1,6 @@
 // Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3").
-// Templates over the word type: uint32_t on the host's scalar path and on the GPU, vu64 in CPU vectors.
+// Templates over the word type: uint32_t on the host's scalar path and on the GPU, vu64 in CPU
+// vectors.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,6 @@
-// How [rows, columns] work is cut into tasks. A task is one chunk of one row, so that one long row keeps
-// all threads busy; the cut depends on the shape alone, so sums come out the same for any thread count.
+// How [rows, columns] work is cut into tasks. A task is one chunk of one row, so that one long row
+// keeps all threads busy; the cut depends on the shape alone, so sums come out the same for any
+// thread count.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,7 @@
 // Vector types and the handful of operations that GCC/Clang vector extensions lack.
 //
-// The formulas of the library are templates over F: `float` gives the tail of a loop, `vf` its body.
+// The formulas of the library are templates over F: `float` gives the tail of a loop, `vf` its
+// body.
 #pragma once
 
 #include <cstdint>
@@ -100,7 +101,8 @@ static inline vf sqrt_ieee(vf x) {
 #endif
 }
 
-// a * b + c: one rounding where the hardware has it, two in the portable object. Never in the noise.
+// a * b + c: one rounding where the hardware has it, two in the portable object. Never in the
+// noise.
 static inline float fma(float a, float b, float c) {
 #if defined(__FMA__)
   return __builtin_fmaf(a, b, c);

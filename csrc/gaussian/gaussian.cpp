@@ -82,7 +82,8 @@ static Tensor gaussian_kl_forward(const Tensor& mean, const Tensor& logvar,
 
 static Tensor gaussian_kl_per_dim_forward(const Tensor& mean, const Tensor& logvar,
                                           const MaybeTensor& prior_mean,
-                                          const MaybeTensor& prior_logvar, double low, double high) {
+                                          const MaybeTensor& prior_logvar, double low,
+                                          double high) {
   const Layout layout("gaussian_kl_per_dim", mean);
   GM_CHECK(!layout.is_cuda, layout.op, ": has no CUDA C++ kernel; use backend='triton'");
   const GaussianArgs a = read_args(layout, mean, logvar, prior_mean, prior_logvar, low, high);
@@ -93,7 +94,9 @@ static Tensor gaussian_kl_per_dim_forward(const Tensor& mean, const Tensor& logv
   const int64_t blocks = (columns + kBlock - 1) / kBlock;
   std::unique_ptr<double[]> partial(new double[slabs * columns]);
   const GaussianTable& table = select_gaussian_table();
-  const auto body = [&](int64_t begin, int64_t end) { table.per_dim(a, partial.get(), begin, end); };
+  const auto body = [&](int64_t begin, int64_t end) {
+    table.per_dim(a, partial.get(), begin, end);
+  };
   if (slabs * blocks == 1) {
     body(0, 1);
   } else {
@@ -161,8 +164,8 @@ static Four gaussian_kl_backward(const Tensor& dkl, const Tensor& mean, const Te
   return kl_backward(layout, a, mean, logvar, prior_mean, prior_logvar, needs);
 }
 
-static Four gaussian_kl_per_dim_backward(const Tensor& dkl, const Tensor& mean, const Tensor& logvar,
-                                         const MaybeTensor& prior_mean,
+static Four gaussian_kl_per_dim_backward(const Tensor& dkl, const Tensor& mean,
+                                         const Tensor& logvar, const MaybeTensor& prior_mean,
                                          const MaybeTensor& prior_logvar, double low, double high,
                                          int64_t needs) {
   const Layout layout("gaussian_kl_per_dim_backward", mean);

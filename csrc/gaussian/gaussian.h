@@ -1,5 +1,5 @@
-// Diagonal Gaussians: reparameterized samples, KL divergences, their gradients. Derivations stand in
-// gmkernels/ops/gaussian/reference.py; the names are the same there and here.
+// Diagonal Gaussians: reparameterized samples, KL divergences, their gradients. Derivations stand
+// in gmkernels/ops/gaussian/reference.py; the names are the same there and here.
 #pragma once
 
 #include "common/dtype.h"
@@ -8,18 +8,20 @@
 
 namespace gm {
 
-// One call on rows [B, D]. Absent operands have null data: an absent prior is N(0, I), an absent eps is
-// made from the key.
+// One call on rows [B, D]. Absent operands have null data: an absent prior is N(0, I), an absent
+// eps is made from the key.
 struct GaussianArgs {
   Operand mean, logvar, prior_mean, prior_logvar, eps;
   NoiseKey key;
-  const int64_t* key_ptr = nullptr;  // CUDA: int64 [2] on the device, replaces key's seed and offset
-  float low, high;                   // logvar is clamped to [low, high]
+  const int64_t* key_ptr =
+      nullptr;      // CUDA: int64 [2] on the device, replaces key's seed and offset
+  float low, high;  // logvar is clamped to [low, high]
   int64_t rows, columns;
   // Forward.
-  Result z;                   // null for gaussian_kl
+  Result z;             // null for gaussian_kl
   float* kl = nullptr;  // [B], nats; written by CUDA, on the CPU by sum_rows() from the sums
-  // Backward. dkl is one value a row (stride 0), or one a column (row_stride 0) for the means over B.
+  // Backward. dkl is one value a row (stride 0), or one a column (row_stride 0) for the means over
+  // B.
   Operand dz, dkl;
   float dkl_scale = 1.0f;
   Result dmean, dlogvar, dprior_mean, dprior_logvar, deps;

@@ -1,6 +1,5 @@
-#include "gaussian/gaussian.h"
-
 #include "common/block.h"
+#include "gaussian/gaussian.h"
 
 namespace gm {
 namespace GM_ISA {
@@ -73,8 +72,8 @@ static void backward_block(const GaussianArgs& a, int64_t row, int64_t at, int64
   for_vectors(n, [&](auto lane, int64_t i) {
     using F = decltype(lane);
     const auto g = gaussian_gradients<kPrior>(
-        load<F>(m + i), load<F>(l + i), load<F>(prior_m + i), load<F>(prior_l + i), load<F>(eps + i),
-        load<F>(dz + i), load<F>(dkl + i) * a.dkl_scale, a.low, a.high);
+        load<F>(m + i), load<F>(l + i), load<F>(prior_m + i), load<F>(prior_l + i),
+        load<F>(eps + i), load<F>(dz + i), load<F>(dkl + i) * a.dkl_scale, a.low, a.high);
     store<F>(out[0] + i, g.dmean);
     store<F>(out[1] + i, g.dlogvar);
     if constexpr (kPrior) store<F>(out[2] + i, g.dprior_mean);

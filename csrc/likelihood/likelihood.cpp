@@ -27,10 +27,9 @@ static Tensor gaussian_nll_forward(const Tensor& x, const Tensor& mean, const Ma
   a.columns = layout.columns;
   const Tensor nll = allocate_rows(layout, x);
   const LikelihoodTable& table = select_likelihood_table();
-  layout.sum_rows((float*)nll.data_ptr(), 0.5, kHalfLog2Pi * (double)layout.columns,
-                  [&](double* sums, int64_t begin, int64_t end) {
-                    table.gaussian(a, sums, begin, end);
-                  });
+  layout.sum_rows(
+      (float*)nll.data_ptr(), 0.5, kHalfLog2Pi * (double)layout.columns,
+      [&](double* sums, int64_t begin, int64_t end) { table.gaussian(a, sums, begin, end); });
   return nll;
 }
 
@@ -57,7 +56,8 @@ static Three gaussian_nll_backward(const Tensor& dnll, const Tensor& x, const Te
     return {dx, dmean, torch::stable::to(sums, logvar->scalar_type())};
   }
   const Tensor dlogvar = per_row ? allocate_nothing(layout.op, x) : wanted(2, logvar, x, a.dlogvar);
-  layout.parallel([&](int64_t begin, int64_t end) { table.gaussian_backward(a, nullptr, begin, end); });
+  layout.parallel(
+      [&](int64_t begin, int64_t end) { table.gaussian_backward(a, nullptr, begin, end); });
   return {dx, dmean, dlogvar};
 }
 
@@ -100,13 +100,14 @@ static CategoricalArgs read_categorical(const Layout& layout, const Tensor& logi
   const ScalarType dtype = levels.scalar_type();
   GM_CHECK(dtype == ScalarType::Long || dtype == ScalarType::Int || dtype == ScalarType::Byte,
            layout.op, ": levels must be int64, int32 or uint8");
-  GM_CHECK(logits.dim() == levels.dim() + 1 && levels.is_contiguous() && logits.size(0) == layout.rows,
-           layout.op, ": levels must be contiguous [B, *] and logits [B, *, L], got ",
-           shape_text(levels), " and ", shape_text(logits));
+  GM_CHECK(
+      logits.dim() == levels.dim() + 1 && levels.is_contiguous() && logits.size(0) == layout.rows,
+      layout.op, ": levels must be contiguous [B, *] and logits [B, *, L], got ",
+      shape_text(levels), " and ", shape_text(logits));
   a.size = logits.size(logits.dim() - 1);
   GM_CHECK(a.size >= 1 && logits.numel() == levels.numel() * a.size, layout.op,
-           ": logits must have levels' shape and at least one level, got ", shape_text(levels), " and ",
-           shape_text(logits));
+           ": logits must have levels' shape and at least one level, got ", shape_text(levels),
+           " and ", shape_text(logits));
   const Layout rows("categorical_nll", logits);
   a.logits = operand(rows, "logits", logits);
   a.levels = levels.data_ptr();
@@ -124,16 +125,15 @@ static Tensor categorical_nll_forward(const Tensor& logits, const Tensor& levels
   const CategoricalArgs a = read_categorical(layout, logits, levels);
   const Tensor nll = allocate_rows(layout, levels);
   const LikelihoodTable& table = select_likelihood_table();
-  layout.sum_rows((float*)nll.data_ptr(), 1.0, 0.0,
-                  [&](double* sums, int64_t begin, int64_t end) {
-                    table.categorical(a, sums, begin, end);
-                  },
-                  a.size);
+  layout.sum_rows(
+      (float*)nll.data_ptr(), 1.0, 0.0,
+      [&](double* sums, int64_t begin, int64_t end) { table.categorical(a, sums, begin, end); },
+      a.size);
   return nll;
 }
 
-static Tensor categorical_nll_backward(const Tensor& dnll, const Tensor& logits, const Tensor& levels,
-                                       int64_t needs) {
+static Tensor categorical_nll_backward(const Tensor& dnll, const Tensor& logits,
+                                       const Tensor& levels, int64_t needs) {
   const Layout layout("categorical_nll_backward", levels);
   CategoricalArgs a = read_categorical(layout, logits, levels);
   a.dnll = row_operand(layout, "dnll", dnll);
@@ -150,11 +150,13 @@ static Tensor categorical_nll_backward(const Tensor& dnll, const Tensor& logits,
 
 STABLE_TORCH_LIBRARY_FRAGMENT(gmkernels, m) {
   m.def("gaussian_nll_forward(Tensor x, Tensor mean, Tensor? logvar) -> Tensor");
-  m.def("gaussian_nll_backward(Tensor dnll, Tensor x, Tensor mean, Tensor? logvar, int needs)"
-        " -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "gaussian_nll_backward(Tensor dnll, Tensor x, Tensor mean, Tensor? logvar, int needs)"
+      " -> (Tensor, Tensor, Tensor)");
   m.def("bernoulli_nll_forward(Tensor x, Tensor logits) -> Tensor");
-  m.def("bernoulli_nll_backward(Tensor dnll, Tensor x, Tensor logits, int needs)"
-        " -> (Tensor, Tensor)");
+  m.def(
+      "bernoulli_nll_backward(Tensor dnll, Tensor x, Tensor logits, int needs)"
+      " -> (Tensor, Tensor)");
   m.def("categorical_nll_forward(Tensor logits, Tensor levels) -> Tensor");
   m.def("categorical_nll_backward(Tensor dnll, Tensor logits, Tensor levels, int needs) -> Tensor");
 }

@@ -27,8 +27,8 @@ struct CategoricalArgs {
   int64_t rows, columns, size;
 };
 
-// forward and categorical write sums [tasks]; gaussian_backward writes there the gradient of a logvar
-// that is one value a row, where sums is not null.
+// forward and categorical write sums [tasks]; gaussian_backward writes there the gradient of a
+// logvar that is one value a row, where sums is not null.
 struct LikelihoodTable {
   void (*gaussian)(const LikelihoodArgs& args, double* sums, int64_t begin, int64_t end);
   void (*gaussian_backward)(const LikelihoodArgs& args, double* sums, int64_t begin, int64_t end);

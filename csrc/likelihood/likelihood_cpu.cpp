@@ -1,6 +1,5 @@
-#include "likelihood/likelihood.h"
-
 #include "common/block.h"
+#include "likelihood/likelihood.h"
 
 namespace gm {
 namespace GM_ISA {
@@ -32,7 +31,8 @@ static void gaussian_tasks(const LikelihoodArgs& a, double* sums, int64_t begin,
 }
 
 static void gaussian(const LikelihoodArgs& a, double* sums, int64_t begin, int64_t end) {
-  a.logvar.data ? gaussian_tasks<true>(a, sums, begin, end) : gaussian_tasks<false>(a, sums, begin, end);
+  a.logvar.data ? gaussian_tasks<true>(a, sums, begin, end)
+                : gaussian_tasks<false>(a, sums, begin, end);
 }
 
 static void gaussian_backward(const LikelihoodArgs& a, double* sums, int64_t begin, int64_t end) {
@@ -185,9 +185,8 @@ static void categorical_backward(const CategoricalArgs& a, int64_t begin, int64_
   });
 }
 
-extern const LikelihoodTable likelihood_table = {gaussian,           gaussian_backward,
-                                                 bernoulli,          bernoulli_backward,
-                                                 categorical,        categorical_backward};
+extern const LikelihoodTable likelihood_table = {
+    gaussian, gaussian_backward, bernoulli, bernoulli_backward, categorical, categorical_backward};
 
 }  // namespace GM_ISA
 }  // namespace gm

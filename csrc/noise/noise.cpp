@@ -5,8 +5,10 @@
 namespace gm {
 
 static Tensor fill(const char* op, Distribution distribution, const Tensor& key, int64_t rows,
-                   int64_t columns, int64_t stream, ScalarType dtype, torch::stable::Device device) {
-  GM_CHECK(rows >= 0 && columns >= 0, op, ": rows and columns must be >= 0, got ", rows, " and ", columns);
+                   int64_t columns, int64_t stream, ScalarType dtype,
+                   torch::stable::Device device) {
+  GM_CHECK(rows >= 0 && columns >= 0, op, ": rows and columns must be >= 0, got ", rows, " and ",
+           columns);
   const Key k = read_key(op, key, stream);
   const DType out_dtype = float_dtype(op, "dtype", dtype);
   const int64_t sizes[2] = {rows, columns};
@@ -44,7 +46,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gmkernels, m) {
       "normal(Tensor key, SymInt rows, SymInt columns, int stream, ScalarType dtype, Device device)"
       " -> Tensor");
   m.def(
-      "uniform(Tensor key, SymInt rows, SymInt columns, int stream, ScalarType dtype, Device device)"
+      "uniform(Tensor key, SymInt rows, SymInt columns, int stream, ScalarType dtype, Device "
+      "device)"
       " -> Tensor");
 }
 

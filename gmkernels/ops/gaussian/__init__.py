@@ -48,7 +48,9 @@ def _check(
     if logvar_range is not None:
         low, high = logvar_range
         if not low <= high:
-            raise ValueError(f"{op}: logvar_range must be (low, high) with low <= high, got {logvar_range}")
+            raise ValueError(
+                f"{op}: logvar_range must be (low, high) with low <= high, got {logvar_range}"
+            )
     return checks.in_rows(mean), checks.in_rows(logvar), prior_mean, prior_logvar, low, high
 
 
@@ -72,7 +74,8 @@ def reparameterize_kl(
 ) -> tuple[Tensor, Tensor]:
     """Samples z = mean + exp(logvar / 2) eps and its KL to the prior, in one pass over memory.
 
-    kl = 1/2 sum_d [expm1(l - lp) - (l - lp) + (m - mp)^2 exp(-lp)], nats, summed over all but the batch.
+    kl = 1/2 sum_d [expm1(l - lp) - (l - lp) + (m - mp)^2 exp(-lp)], nats, summed over all but the
+    batch.
 
     Args:
         mean: [B, *], at least two dimensions; float32, bfloat16, float16, or float64 (reference).
@@ -87,15 +90,16 @@ def reparameterize_kl(
         eps: the noise itself, mean's shape; then no seed is used, and eps may have a gradient.
         backend: None chooses; a named backend runs or raises.
     Returns:
-        z: mean's shape, dtype and layout (a layout that is neither contiguous nor channels_last comes
-            back contiguous).
+        z: mean's shape, dtype and layout (a layout that is neither contiguous nor channels_last
+            comes back contiguous).
         kl: [B] float32 (float64 on float64 inputs), nats. Rows do not depend on each other.
     Raises:
         TypeError, ValueError: shapes, dtypes or devices other than said here.
         RuntimeError: a named backend that cannot run; vmap over mean with one unbatched seed.
 
-    Differentiable twice and more in mean, logvar, prior_mean, prior_logvar and eps. Accuracy: within
-    twice the error of float32 PyTorch plus 2 ulp of the output's scale. Source: Kingma and Welling 2014.
+    Differentiable twice and more in mean, logvar, prior_mean, prior_logvar and eps. Accuracy:
+    within twice the error of float32 PyTorch plus 2 ulp of the output's scale. Source: Kingma and
+    Welling 2014.
 
     >>> import torch, gmkernels
     >>> z, kl = gmkernels.reparameterize_kl(torch.zeros(2, 3), torch.zeros(2, 3), seed=0)
@@ -114,8 +118,8 @@ def reparameterize_kl(
         key = resolve_key(op, seed, offset, generator, mean.device)
         if is_transformed() and any(map(is_batched, (mean, logvar))) and not is_batched(key):
             raise RuntimeError(
-                f"{op}: under vmap one seed would give every example the same noise; pass eps=, or a "
-                "batched seed tensor"
+                f"{op}: under vmap one seed would give every example the same noise; pass eps=, "
+                "or a batched seed tensor"
             )
     name = _choose(op, args, eps, backend)
     z, kl = _reparameterize_kl(name, *args[:4], eps, key, *args[4:])
@@ -163,11 +167,13 @@ def gaussian_kl_per_dim(
 
     Args: as in reparameterize_kl().
     Returns:
-        [*] (mean's shape without the batch), float32 (float64 on float64 inputs), nats. NaN for B = 0.
+        [*] (mean's shape without the batch), float32 (float64 on float64 inputs), nats. NaN for B =
+        0.
     Raises:
         TypeError, ValueError, RuntimeError: as in reparameterize_kl().
 
-    Differentiable twice and more in all tensors. Source: Kingma et al. 2016 (arXiv:1606.04934), free bits.
+    Differentiable twice and more in all tensors. Source: Kingma et al. 2016 (arXiv:1606.04934),
+    free bits.
 
     >>> import torch, gmkernels
     >>> gmkernels.gaussian_kl_per_dim(torch.tensor([[0.0, 2.0]]), torch.zeros(1, 2))

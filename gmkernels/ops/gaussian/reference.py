@@ -1,6 +1,7 @@
 """Diagonal Gaussians: reparameterized samples and KL divergences.
 
-Formula. q = N(m, diag exp(l)), prior p = N(mp, diag exp(lp)), by default N(0, I); rows b, elements d.
+Formula. q = N(m, diag exp(l)), prior p = N(mp, diag exp(lp)), by default N(0, I); rows b, elements
+d.
     l      = logvar clamped to [low, high]
     z      = m + exp(l / 2) eps,  eps ~ N(0, I)
     kl_b   = 1/2 sum_d [ expm1(l - lp) - (l - lp) + (m - mp)^2 exp(-lp) ]          nats
@@ -14,11 +15,12 @@ Gradients, with dz [B, D] and dkl [B] given and d = l - lp:
     dmp    = -dkl (m - mp) exp(-lp)
     dlp    = -1/2 dkl [ expm1(d) + (m - mp)^2 exp(-lp) ]
     deps   = dz exp(l / 2)
-For kl_d, dkl is dkl_d / B. Backward saves the inputs and the key, 16 bytes; it makes eps and exp(l / 2)
-again. Nothing of the size of eps is ever stored.
+For kl_d, dkl is dkl_d / B. Backward saves the inputs and the key, 16 bytes; it makes eps and exp(l
+/ 2) again. Nothing of the size of eps is ever stored.
 
 Bytes, float32, N = B D: forward reads 8 N and writes 4 N; backward reads 12 N and writes 8 N. Eager
-PyTorch moves 48 N and 68 N: every intermediate goes to memory and back, and eps is kept for backward.
+PyTorch moves 48 N and 68 N: every intermediate goes to memory and back, and eps is kept for
+backward.
 Flops: about 30 N for z and kl, and 45 N for the noise.
 
 Numerics. Sums are float32 in blocks of 512, double between blocks. expm1(d) - d replaces
@@ -33,8 +35,6 @@ import math
 
 import torch
 from torch import Tensor
-
-from gmkernels.ops.noise import reference as noise
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:

@@ -129,7 +129,12 @@ KL_CASES = (
     Case("transposed", "non_contiguous", (3, 5, 8), {"layout": "transposed"}),
     Case("image_channels_last", "channels_last", (2, 3, 5, 7), {"layout": "channels_last"}),
     Case("mixed_dtypes", "mixed", (4, 33), {"mixed": True}),
-    Case("mixed_prior", "mixed", (4, 33), {"mixed": True, "prior_mean": "full", "prior_logvar": "row"}),
+    Case(
+        "mixed_prior",
+        "mixed",
+        (4, 33),
+        {"mixed": True, "prior_mean": "full", "prior_logvar": "row"},
+    ),
     Case("prior", "keyword", (5, 37), {"prior_mean": "full", "prior_logvar": "full"}),
     Case("learned_prior", "keyword", (5, 3, 7), {"prior_mean": "row", "prior_logvar": "row"}),
     Case("prior_mean_alone", "keyword", (5, 37), {"prior_mean": "full"}),
@@ -145,7 +150,9 @@ KL_CASES = (
 _BIG = Case("4096x1024", "large", (4096, 1024))
 _BIG_EPS = Case("4096x1024, eps given", "large", (4096, 1024), {"eps": True})
 _LATENTS = Case("64x8x64x64", "large", (64, 8, 64, 64))
-_CHANNELS_LAST = Case("64x8x64x64 channels_last", "large", (64, 8, 64, 64), {"layout": "channels_last"})
+_CHANNELS_LAST = Case(
+    "64x8x64x64 channels_last", "large", (64, 8, 64, 64), {"layout": "channels_last"}
+)
 
 OPS = (
     Op(

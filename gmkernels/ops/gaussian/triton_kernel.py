@@ -9,7 +9,6 @@ from torch import Tensor
 
 from gmkernels import dispatch
 from gmkernels.ops.gaussian import outputs
-from gmkernels.triton_common import DEVICES as _DEVICES
 from gmkernels.triton_common import (
     CHUNK,
     clamp,
@@ -22,6 +21,7 @@ from gmkernels.triton_common import (
     row_stride,
     tile,
 )
+from gmkernels.triton_common import DEVICES as _DEVICES
 
 DEVICES = dict.fromkeys(("reparameterize_kl", "gaussian_kl", "gaussian_kl_per_dim"), _DEVICES)
 _SLAB = 1024  # rows a program of the per-dimension sums reads
@@ -407,7 +407,9 @@ def gaussian_kl_per_dim_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of mean, logvar, prior_mean and prior_logvar, empty where not wanted."""
     a = (mean, logvar, prior_mean, prior_logvar)
-    dm, dl, dpm, dpl, _ = _launch_backward(None, dkl.contiguous(), False, *a, None, None, low, high, needs)
+    dm, dl, dpm, dpl, _ = _launch_backward(
+        None, dkl.contiguous(), False, *a, None, None, low, high, needs
+    )
     return dm, dl, dpm, dpl
 
 

@@ -19,7 +19,9 @@ _LEVELS = (torch.int64, torch.int32, torch.uint8)
 dispatch.load_family(__name__, tuple(__all__))
 _gaussian_nll = DifferentiableOp("gaussian_nll", reference.gaussian_nll, inputs=3, outputs=1)
 _bernoulli_nll = DifferentiableOp("bernoulli_nll", reference.bernoulli_nll, inputs=2, outputs=1)
-_categorical_nll = DifferentiableOp("categorical_nll", reference.categorical_nll, inputs=1, outputs=1)
+_categorical_nll = DifferentiableOp(
+    "categorical_nll", reference.categorical_nll, inputs=1, outputs=1
+)
 
 
 def gaussian_nll(
@@ -99,8 +101,8 @@ def categorical_nll(levels: Tensor, logits: Tensor, *, backend: str | None = Non
     nll = sum_d [log sum_k exp(s_dk) - s_d,level], nats, summed over all but the batch.
 
     Args:
-        levels: [B, *] int64, int32 or uint8 in [0, L), at least two dimensions. Values are not checked:
-            a level outside gives NaN in its row.
+        levels: [B, *] int64, int32 or uint8 in [0, L), at least two dimensions. Values are not
+            checked: a level outside gives NaN in its row.
         logits: [B, *, L], float32, bfloat16, float16, or float64 (reference); L >= 1.
         backend: None chooses; a named backend runs or raises.
     Returns:
@@ -119,11 +121,13 @@ def categorical_nll(levels: Tensor, logits: Tensor, *, backend: str | None = Non
     checks.check_tensor(op, "logits", logits, levels.device)
     if logits.dim() != levels.dim() + 1 or logits.shape[:-1] != levels.shape:
         raise ValueError(
-            f"{op}: logits must have levels' shape and one more dimension, {(*levels.shape, 'L')}, got "
-            f"{tuple(logits.shape)}"
+            f"{op}: logits must have levels' shape and one more dimension, "
+            f"{(*levels.shape, 'L')}, got {tuple(logits.shape)}"
         )
     if logits.shape[-1] < 1:
-        raise ValueError(f"{op}: logits must have at least one level, got shape {tuple(logits.shape)}")
+        raise ValueError(
+            f"{op}: logits must have at least one level, got shape {tuple(logits.shape)}"
+        )
     name = dispatch.choose(op, logits.device.type, dispatch.is_wide(logits), backend)
     return _categorical_nll(name, checks.in_rows(logits), levels.contiguous())[0]
 
@@ -132,7 +136,9 @@ def _check_levels(op: str, levels: Any) -> None:
     if not isinstance(levels, Tensor):
         raise TypeError(f"{op}: levels must be a tensor, got {type(levels).__name__}")
     if levels.dtype not in _LEVELS:
-        raise TypeError(f"{op}: levels must be int64, int32 or uint8, got {levels.dtype}; use .long()")
+        raise TypeError(
+            f"{op}: levels must be int64, int32 or uint8, got {levels.dtype}; use .long()"
+        )
     if levels.dim() < 2:
         raise ValueError(
             f"{op}: levels must have shape [B, *] with at least two dimensions, got "

@@ -2,7 +2,8 @@
 
 Formula. Rows b, elements d, nats.
     gaussian:     1/2 sum_d [ log(2 pi) + l + (x - m)^2 exp(-l) ],   l = 0 where no logvar is given
-    bernoulli:    sum_d [ log(1 + exp(s)) - s x ] = sum_d [ x sp(-s) + (1 - x) sp(s) ],  sp = softplus
+    bernoulli:    sum_d [ log(1 + exp(s)) - s x ] = sum_d [ x sp(-s) + (1 - x) sp(s) ],  sp =
+        softplus
     categorical:  sum_d [ log sum_k exp(s_dk) - s_d,level ]
 Source: Kingma and Welling 2014, appendix C (arXiv:1312.6114); Salimans et al. 2017 for levels
 (arXiv:1701.05517, section 2.1, whose discretized mixture the categorical replaces).
@@ -13,9 +14,9 @@ Gradients, with g = dnll [B] given:
     categorical:  ds_k = g (softmax(s)_k - [k = level])
 Backward saves the inputs and recomputes the rest.
 
-Bytes, float32, N elements: gaussian reads 12 N (8 N without logvar), bernoulli 8 N; categorical reads
-4 N L + 8 N. Backward reads the same and writes each gradient once. Eager PyTorch moves 44 N for the
-gaussian and three passes over 4 N L for log_softmax and gather.
+Bytes, float32, N elements: gaussian reads 12 N (8 N without logvar), bernoulli 8 N; categorical
+reads 4 N L + 8 N. Backward reads the same and writes each gradient once. Eager PyTorch moves 44 N
+for the gaussian and three passes over 4 N L for log_softmax and gather.
 Flops: gaussian 20 N, bernoulli 45 N, categorical 22 N L.
 
 Numerics. Sums are float32 in blocks of 512, double between blocks. bernoulli adds two non-negative

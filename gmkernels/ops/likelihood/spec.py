@@ -28,7 +28,10 @@ def gaussian_inputs(case: Case, dtype: torch.dtype, device: str, seed: int) -> I
     if o.get("values") == "boundary":
         l = _boundary(_LOGVARS, case, device)
     kind = o.get("logvar", "full")
-    args: list[Any] = [in_layout(x.to(dtype), o.get("layout")), in_layout(mean.to(second), o.get("layout"))]
+    args: list[Any] = [
+        in_layout(x.to(dtype), o.get("layout")),
+        in_layout(mean.to(second), o.get("layout")),
+    ]
     if o.get("layout") == "chunk":
         args = list(torch.cat(args, 1).chunk(2, 1))
     if kind == "full":

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from gmkernels import dispatch
 from gmkernels.ops.likelihood import outputs
-from gmkernels.triton_common import DEVICES as _DEVICES
 from gmkernels.triton_common import CHUNK, launch, load_tile, log1p_unit, row_stride, sigmoid, tile
+from gmkernels.triton_common import DEVICES as _DEVICES
 
 DEVICES = dict.fromkeys(("gaussian_nll", "bernoulli_nll", "categorical_nll"), _DEVICES)
 
@@ -299,16 +299,5 @@ def categorical_nll_backward(dnll: Tensor, logits: Tensor, levels: Tensor, needs
     return dlogits
 
 
-for _op, _fake in zip(
-    (
-        gaussian_nll_forward,
-        gaussian_nll_backward,
-        bernoulli_nll_forward,
-        bernoulli_nll_backward,
-        categorical_nll_forward,
-        categorical_nll_backward,
-    ),
-    outputs.FAKES,
-    strict=True,
-):
-    dispatch.define("gmkernels_triton", _op, _fake)
+for _fake in outputs.FAKES:
+    dispatch.define("gmkernels_triton", globals()[_fake.__name__], _fake)

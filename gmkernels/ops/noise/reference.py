@@ -1,22 +1,25 @@
 """The noise, in plain PyTorch: the truth that every other backend meets bit for bit.
 
-Formula. Philox4x32-10 with key (seed low, seed high) and counter (d // 4, row low, row high, stream)
-gives words w0..w3 of positions 4 (d // 4) + 0..3.
+Formula. Philox4x32-10 with key (seed low, seed high) and counter (d // 4, row low, row high,
+stream) gives words w0..w3 of positions 4 (d // 4) + 0..3.
     uniform: u(w) = float32(w) 2^-32 + 2^-33, in (0, 1].
     normal:  words pair up, (w0, w1) and (w2, w3): r = sqrt(-2 ln u(w0)),
              n0 = r cos(2 pi u(w1)), n1 = r sin(2 pi u(w1)).
-    ln, sin and cos are the fixed polynomials below: +, -, *, bit operations and IEEE sqrt in this order.
+    ln, sin and cos are the fixed polynomials below: +, -, *, bit operations and IEEE sqrt in this
+        order.
 
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011; Box and
 Muller, Ann. Math. Stat. 29, 1958. Coefficients: csrc/common/fit_polynomials.py.
 
-Bytes: nothing is read, 4 an element written (float32). Eager torch.randn moves the same but draws from
-one serial generator. Operations: 10 rounds of two 32x32 -> 64 products a counter, that is 4 normals.
+Bytes: nothing is read, 4 an element written (float32). Eager torch.randn moves the same but draws
+from one serial generator. Operations: 10 rounds of two 32x32 -> 64 products a counter, that is 4
+normals.
 
 Numerics. No contraction anywhere: a fused multiply-add would change the last bit, so every backend
 compiles without it. torch.sqrt on CPU is not correctly rounded in float32, so the root is taken in
 float64 and rounded, which is (a test covers every float32 in [1, 4)). Largest deviation from
-Box-Muller in float64 on the same words: see normal()'s docstring; the tail reaches 6.76 sigma, at w = 0.
+Box-Muller in float64 on the same words: see normal()'s docstring; the tail reaches 6.76 sigma, at w
+= 0.
 
 Edge cases: u = 1 gives r = 0. Rows are 64-bit; a row holds at most 2^34 elements.
 """
@@ -41,6 +44,7 @@ _SIN = (-0.004630818497389555, 0.07969274371862411, -0.645965039730072, 1.570796
 _COS = (0.000896678538993001, -0.020856503397226334, 0.2536686360836029, -1.2337005138397217)
 _LN2_HIGH = 0.693145751953125
 _LN2_LOW = 1.42860676533018518e-06
+
 
 def philox(counter: tuple[Any, ...], seed: Any) -> tuple[Any, ...]:
     """Philox4x32-10: four 32-bit words and a 64-bit seed, as int64 tensors or as Python ints."""

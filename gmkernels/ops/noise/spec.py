@@ -1,6 +1,7 @@
 """Rows of the noise family. A case's shape is the call's argument; its options are the keywords.
 
-The ops read no tensor: kinds of case that are about inputs hold the nearest thing, the name says what.
+The ops read no tensor: kinds of case that are about inputs hold the nearest thing, the name says
+what.
 """
 
 import math

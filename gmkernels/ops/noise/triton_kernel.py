@@ -85,7 +85,9 @@ def uniform(
     key: Tensor, rows: int, columns: int, stream: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """Uniforms in (0, 1], [rows, columns]."""
-    return _draw(key, stream, reference.draw_empty(key, rows, columns, stream, dtype, device), False)
+    return _draw(
+        key, stream, reference.draw_empty(key, rows, columns, stream, dtype, device), False
+    )
 
 
 for _op in (normal, uniform):
