@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m benchmarks`; a static report on GPU kernels: `python -m benchmarks.static_gpu`."""
+"""`python -m benchmarks` times the kernels; `python -m benchmarks.static_gpu` needs no GPU."""

@@ -5,8 +5,9 @@ A later model adds a line to MODEL_STEPS.
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -36,24 +37,26 @@ MODEL_STEPS = (
 )
 
 
-@contextlib.contextmanager
-def plain_pytorch() -> Iterator[None]:
-    """Puts each row's eager baseline in the place of our op in all models, inside the block."""
-    eager = {op.function: op.eager for op in registry.rows()}
-    modules = [m for name, m in sys.modules.items() if name.startswith("gmkernels.models.")]
-    swapped = [
-        (module, name, item)
-        for module in modules
-        for name, item in vars(module).items()
-        if callable(item) and getattr(item, "__hash__", None) and item in eager
-    ]
-    for module, name, item in swapped:
-        setattr(module, name, _without_our_keywords(eager[item]))
-    try:
-        yield
-    finally:
-        for module, name, item in swapped:
-            setattr(module, name, item)
+class PlainPyTorch:
+    """Puts each row's eager baseline in the place of our op in all models, inside a with block."""
+
+    def __init__(self) -> None:
+        eager = {op.function: _without_our_keywords(op.eager) for op in registry.rows()}
+        modules = [m for name, m in sys.modules.items() if name.startswith("gmkernels.models.")]
+        self.swaps = [
+            (module, name, item, eager[item])
+            for module in modules
+            for name, item in vars(module).items()
+            if isinstance(item, FunctionType) and item in eager
+        ]
+
+    def __enter__(self) -> None:
+        for module, name, _, eager in self.swaps:
+            setattr(module, name, eager)
+
+    def __exit__(self, *exception: object) -> None:
+        for module, name, ours, _ in self.swaps:
+            setattr(module, name, ours)
 
 
 def _without_our_keywords(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -69,9 +72,10 @@ def sides_of(step: ModelStep, device: str) -> dict[str, Callable[[], Side]]:
     def reference() -> contextlib.AbstractContextManager[Any]:
         return gmkernels.use_backend("reference")
 
+    plain = PlainPyTorch()
     return {
-        EAGER: lambda: build(step, device, EAGER, plain_pytorch),
-        COMPILED: lambda: build(step, device, COMPILED, plain_pytorch),
+        EAGER: lambda: build(step, device, EAGER, lambda: plain),
+        COMPILED: lambda: build(step, device, COMPILED, lambda: plain),
         REFERENCE: lambda: build(step, device, REFERENCE, reference),
         OURS: lambda: build(step, device, OURS, contextlib.nullcontext),
         OURS_COMPILED: lambda: build(step, device, OURS_COMPILED, contextlib.nullcontext),
@@ -86,11 +90,11 @@ def build(
 ) -> Side:
     """One side, which has run once. A call is one update and returns the loss before it."""
     torch.manual_seed(SEED)
-    model = step.model().to(device)
+    model: Any = step.model().to(device)
     x = step.batch().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     if name in (COMPILED, OURS_COMPILED):
-        model.loss = compiled(model.loss)  # type: ignore[assignment]
+        model.loss = compiled(model.loss)
     side = Side(name, lambda: train.training_step(model, optimizer, x, seed=SEED), scope)
     side()
     return side

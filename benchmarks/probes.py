@@ -1,4 +1,4 @@
-"""What the machine can do, measured beside the kernels; peak memory of a call; names and versions."""
+"""What the machine can do, measured beside the kernels; peak memory; names and versions."""
 
 import ctypes
 import datetime
@@ -144,5 +144,3 @@ def _commit() -> str:
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-

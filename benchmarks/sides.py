@@ -1,7 +1,7 @@
 """The sides of a comparison: one row's call as eager PyTorch, compiled, and ours; and the check.
 
-A side is a call without arguments that does all of the work that is timed: the forward, or the forward
-and torch.autograd.grad of its outputs under fixed random cotangents.
+A side is a call without arguments that does all of the work that is timed: the forward, or the
+forward and torch.autograd.grad of its outputs under fixed random cotangents.
 """
 
 import contextlib
@@ -89,7 +89,7 @@ def with_seed(op: Op, given: Inputs) -> Inputs:
 
 
 class Sides(dict[str, Callable[..., Any]]):
-    """What each side of a row calls. torch.compile is started only for the sides that are asked for."""
+    """What each side of a row calls, by name; torch.compile starts when its side is asked for."""
 
     def __init__(self, op: Op) -> None:
         super().__init__({EAGER: op.eager, OURS: op.function, **op.peers})
@@ -164,8 +164,8 @@ def errors_of_eager(
 def fault(op: Op, benchmark: Benchmark, device: str, sides: Sides) -> str:
     """What is wrong with our values on the timed input, eager or compiled, or "".
 
-    An error may be twice that of eager PyTorch in the same dtype with the same noise, plus the row's
-    floor in ulp of the output's scale. The truth is the reference in float64.
+    An error may be twice that of eager PyTorch in the same dtype with the same noise, plus the
+    row's floor in ulp of the output's scale. The truth is the reference in float64.
     """
     given = op.inputs(benchmark.case, benchmark.dtype, device, SEED)
     truths = tuple(t.detach() for t in truth(op, benchmark, device, given))

@@ -1,7 +1,7 @@
-"""Reads GPU assembly: instructions, loops, spills and access widths of compiled kernels. Needs no GPU.
+"""Reads GPU assembly: instructions, loops, spills and access widths of kernels. Needs no GPU.
 
-The hot body of a kernel is its innermost loop, or all of it where there is none. Slow paths are left
-out: subroutines behind the last EXIT, and the blocks that call them (square roots of subnormals).
+The hot body of a kernel is its innermost loop, or all of it where there is none. Slow paths are
+left out: subroutines behind the last EXIT, and the blocks that call them (roots of subnormals).
 """
 
 import re
@@ -54,7 +54,9 @@ class Kernel:
             for i in fast
             if i.target is not None and i.target < i.address and i.is_a("BRA", "s_cbranch")
         ]
-        inner = [a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
+        inner = [
+            a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)
+        ]
         bodies = [tuple(i for i in fast if start <= i.address <= end) for start, end in inner]
         return max(bodies, key=len, default=fast)
 
@@ -135,21 +137,6 @@ def read_cubin_bytes(cubin: bytes) -> list[Kernel]:
         return read_cubin(path)
 
 
-def nvcc() -> str | None:
-    """Path of nvcc, if it is there."""
-    return shutil.which("nvcc")
-
-
-def compile_cuda(source: Path, arch: str) -> list[Kernel]:
-    """Every kernel of a .cu file of csrc, as the build compiles it; nvcc must be on PATH."""
-    root = next(p for p in source.resolve().parents if p.name == "csrc")
-    options = ["-O3", "-fmad=false", "-std=c++17", "-cubin", f"-arch={arch}", f"-I{root}"]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernels.cubin"
-        subprocess.run([str(nvcc()), *options, str(source), "-o", str(path)], check=True)
-        return read_cubin(path)
-
-
 def parse_sass(sass: str, usage: str) -> list[Kernel]:
     """Kernels from what cuobjdump prints for -sass and for -res-usage."""
     resources = {
@@ -163,16 +150,10 @@ def parse_sass(sass: str, usage: str) -> list[Kernel]:
         name = part.split(maxsplit=1)[0]
         code = []
         for address, predicate, opcode, operands in _SASS.findall(part):
-            target = re.search(r"\b0x([0-9a-f]+)\s*$", operands)
-            branches = opcode.startswith(("BRA", "CALL")) and target
-            code.append(
-                Instruction(
-                    int(address, 16),
-                    opcode,
-                    bool(predicate),
-                    int(target.group(1), 16) if branches else None,
-                )
-            )
+            goes = opcode.startswith(("BRA", "CALL"))
+            target = re.search(r"\b0x([0-9a-f]+)\s*$", operands) if goes else None
+            where = int(target.group(1), 16) if target else None
+            code.append(Instruction(int(address, 16), opcode, bool(predicate), where))
         kernels.append(Kernel(name, tuple(code), *resources.get(name, (0, 0))))
     return kernels
 

@@ -72,16 +72,23 @@ def parse_options(build: Callable[..., Any], given: list[str]) -> dict[str, Any]
             )
         kind = type(options[name])
         try:
-            options[name] = {"true": True, "false": False}[text] if kind is bool else kind(text)
+            known = {"true": True, "false": False}
+            options[name] = known[text.lower()] if kind is bool else kind(text)
         except (KeyError, ValueError):
             kinds = {bool: "true or false", int: "a whole number", float: "a number"}
             raise ValueError(f"--option {name} must be {kinds[kind]}, got {text!r}") from None
     return options
 
 
+def _threads(images: data.Images, batch_size: int) -> int:
+    """One for batches as small as the digits', where waking a second costs more than it does."""
+    small = batch_size * images.height * images.width * images.levels < 1 << 20
+    return 1 if small else torch.get_num_threads()
+
+
 def _new_config(args: argparse.Namespace) -> tuple[train.Config, data.Images]:
     chosen = {name: getattr(args, name) for name in DEFAULTS if getattr(args, name) is not None}
-    settings = DEFAULTS | {"threads": args.threads or torch.get_num_threads()} | chosen
+    settings = DEFAULTS | chosen
     options = parse_options(train.RECIPES[args.model].build, args.option)
     images = data.images(settings["data"])
     config = train.Config(
@@ -90,6 +97,7 @@ def _new_config(args: argparse.Namespace) -> tuple[train.Config, data.Images]:
         height=images.height,
         width=images.width,
         levels=images.levels,
+        threads=args.threads or _threads(images, settings["batch_size"]),
         **settings,
     )
     return config, images
@@ -177,8 +185,19 @@ def _parser() -> Parser:
     fit.add_argument("model", choices=sorted(train.RECIPES))
     fit.add_argument("--out", type=Path, required=True, help="folder of the run")
     fit.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    fit.add_argument("--data", help="digits, idx:FOLDER, or a folder of IDX files")
-    fit.add_argument("--option", "-o", action="append", default=[], metavar="NAME=VALUE")
+    fit.add_argument("--data", help="digits (the default), idx:FOLDER, or a folder of IDX files")
+    arguments = "; ".join(
+        f"{name}: " + ", ".join(f"{k}={v}" for k, v in train.option_defaults(recipe.build).items())
+        for name, recipe in train.RECIPES.items()
+    )
+    fit.add_argument(
+        "--option",
+        "-o",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help=f"an argument of the model, may be repeated; defaults of {arguments}",
+    )
     for name, kind, text in (
         ("steps", _count, "updates in all"),
         ("batch-size", _count, "images an update"),
@@ -186,8 +205,10 @@ def _parser() -> Parser:
         ("weight-decay", _number, "of AdamW"),
         ("seed", _seed, "of everything random"),
         ("every", _count, "updates between tests and checkpoints"),
-        ("threads", _count, "of torch on the CPU"),
+        ("threads", _count, "of torch on the CPU; 1 for small images, else all cores"),
     ):
+        default = DEFAULTS.get(name.replace("-", "_"))
+        text += "" if default is None else f" (default {default})"
         fit.add_argument(f"--{name}", type=kind, help=text)
     fit.add_argument("--device", choices=("cpu", "cuda"))
 

@@ -224,7 +224,7 @@ def save_grid(path: Path, x: Tensor) -> None:
 
 
 def _own_generator(config: Config) -> AbstractContextManager[None]:
-    """Gives torch's generators back as they were; naming the device spares a warning with many GPUs."""
+    """Gives torch's generators back as they were. devices= spares a warning with many GPUs."""
     return torch.random.fork_rng(devices=[0] if config.device == "cuda" else [])
 
 

@@ -114,17 +114,16 @@ def sqrt_ieee(x):
 
 @triton.jit
 def radius(word):
-    """sqrt(-2 ln u(word)) in ln_uniform()'s steps, scaled by powers of two, fused where exact."""
+    """sqrt(-2 ln u(word)) in minus_two_ln()'s steps, scaled by powers of two, fused where exact."""
     i = uniform_from(word).to(tl.int32, bitcast=True)
     e = (i - 0x3F3504F3) & -0x800000  # exponent times 2^23
     f = (i - e).to(tl.float32, bitcast=True) - 1.0
     k = e.to(tl.float32)
-    p = f * (2 * _LN[0]) + 2 * _LN[1]
+    p = f * (-2 * _LN[0]) + -2 * _LN[1]
     for j in tl.static_range(2, 8):
-        p = p * f + 2 * _LN[j]
-    tail = k * (2 * 1.42860676533018518e-06 / 8388608) + f * f * (p * f - 1.0)
-    ln_squared = tl.fma(k, 2 * 0.693145751953125 / 8388608, tl.fma(f, 2.0, tail))
-    return sqrt_ieee(ln_squared * -1.0)
+        p = p * f + -2 * _LN[j]
+    tail = k * (-2 * 1.42860676533018518e-06 / 8388608) + f * f * (p * f + 1.0)
+    return sqrt_ieee(tl.fma(k, -2 * 0.693145751953125 / 8388608, tl.fma(f, -2.0, tail)))
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """The noise's numbers: accuracy of the fixed formulas, and the statistics of what they make.
 
-Seeds are fixed, so nothing here is left to chance: a threshold is chosen such that a correct
-generator would have passed it for all but one in ten thousand seeds or fewer.
+Seeds are fixed, so nothing here is left to chance: thresholds are such that a correct generator
+fails a test for at most one seed in a thousand.
 """
 
 from collections.abc import Callable

@@ -108,13 +108,13 @@ def test_sqrt_is_correctly_rounded() -> None:
         assert torch.equal(root, part.double().sqrt().float())
 
 
-@pytest.mark.parametrize(("tile", "busy"), [(4, 2048), (16, 1), (16, 3), (128, 2048), (128, 1)])
+@pytest.mark.parametrize(("tile", "busy"), [(8, 2048), (16, 1), (16, 3), (64, 2048)])
 @pytest.mark.parametrize("draw", [gmkernels.normal, gmkernels.uniform])
 def test_tiles_agree(draw, tile: int, busy: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Any tile, and any number of tiles a program, down the rows or along the columns."""
     monkeypatch.setattr(triton_common, "MAX_TILE", tile)
     monkeypatch.setattr(triton_kernel, "_BUSY", busy)
-    for shape in ((3, 5), (2, 130), (1, 1027), (65, 1), (70, 4)):
+    for shape in ((3, 5), (1, 259), (2, 70), (37, 1), (21, 4)):
         call = {"seed": -3, "offset": 2**32 - 1, "stream": 9}
         drawn = draw(shape, **call, device=DEVICE, backend="triton")
         assert torch.equal(drawn.cpu(), draw(shape, **call, backend="reference")), shape

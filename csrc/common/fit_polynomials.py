@@ -33,7 +33,7 @@ def fit(target: Function, low: float, high: float, degree: int, power: int) -> t
 
 def series(x: np.ndarray, term: Callable[[int], np.longdouble], count: int) -> np.ndarray:
     """The sum of term(i) x^i for i < count."""
-    return sum(term(i) * x**i for i in range(count))
+    return np.stack([term(i) * x**i for i in range(count)]).sum(axis=0)
 
 
 def ln_tail(f: np.ndarray) -> np.ndarray:

@@ -15,45 +15,37 @@
 namespace gm {
 namespace GM_ISA {
 
-// uint32 words to (0, 1]: float32(x) 2^-32 + 2^-33, the one rounding at the sum.
+// uint32 words to (0, 1]: float32(x) 2^-32 + 2^-33. The product is exact, so a fused form, here and
+// wherever the noise says fma(), has the same bits as the plain one.
 template <class F>
 GM_HD F uniform_from(F word_as_float) {
-  return word_as_float * 0x1p-32f + 0x1p-33f;
+  return fma(word_as_float, splat<F>(0x1p-32f), splat<F>(0x1p-33f));
 }
 
-// log1p(f) = f - f^2/2 + f^3 P(f) on [sqrt(1/2) - 1, sqrt(2) - 1]
-template <class F>
-GM_HD F log1p_polynomial(F f) {
-  F p = f * -0.07666336745023727f + 0.12789621949195862f;
-  p = p * f + -0.1316087394952774f;
-  p = p * f + 0.1419726312160492f;
-  p = p * f + -0.16622772812843323f;
-  p = p * f + 0.20001448690891266f;
-  p = p * f + -0.2500084638595581f;
-  p = p * f + 0.333333283662796f;
-  return p;
-}
-
-constexpr float kLn2High = 0.693145751953125f;  // 16 bits: e * kLn2High is exact
+constexpr float kLog1p[8] = {-0.07666336745023727f, 0.12789621949195862f, -0.1316087394952774f,
+                             0.1419726312160492f,   -0.16622772812843323f, 0.20001448690891266f,
+                             -0.2500084638595581f,  0.333333283662796f};
+constexpr float kLn2High = 0.693145751953125f;  // 15 bits: e * kLn2High is exact
 constexpr float kLn2Low = 1.42860676533018518e-06f;
 
-// ln u for u in (0, 1], u normal. Fixed order, no contraction. u = 2^e (1 + f).
+// -2 ln u for u in (0, 1], u normal; u = 2^e (1 + f), k = 2^23 e. Fixed order, nothing rounded that
+// the reference does not round.
 template <class F>
-GM_HD F ln_uniform(F u) {
-  using I = int_of<F>;
-  const I e = (bits(u) - 0x3f3504f3) >> 23;
-  const F f = from_bits(bits(u) - e * 0x800000) - 1.0f;
+GM_HD F minus_two_ln(F u) {
+  const int_of<F> e = (bits(u) - 0x3f3504f3) & -0x800000;
+  const F f = from_bits(bits(u) - e) - 1.0f;
   const F k = to_float(e);
-  const F p = log1p_polynomial(f);
-  const F tail = k * kLn2Low + f * f * (p * f - 0.5f);
-  return (f + tail) + k * kLn2High;
+  F p = f * (-2.0f * kLog1p[0]) + -2.0f * kLog1p[1];
+  for (int i = 2; i < 8; ++i) p = p * f + -2.0f * kLog1p[i];
+  const F tail = k * (-2.0f * kLn2Low * 0x1p-23f) + f * f * (p * f + 1.0f);
+  return fma(k, splat<F>(-2.0f * kLn2High * 0x1p-23f), fma(f, splat<F>(-2.0f), tail));
 }
 
-// cos and sin of 2 pi u for u in (0, 1]. 4 u = k + f, |f| <= 1/2. Fixed order, no contraction.
+// cos and sin of 2 pi u(word); 4 u = k + f, |f| <= 1/2. Fixed order, no contraction.
 template <class F>
-GM_HD void sincos_turns(F u, F& sine, F& cosine) {
+GM_HD void sincos_turns(F word_as_float, F& sine, F& cosine) {
   using I = int_of<F>;
-  const F turns = u * 4.0f;
+  const F turns = fma(word_as_float, splat<F>(0x1p-30f), splat<F>(0x1p-31f));
   const I k = to_int(turns + 0.5f);
   const F f = turns - to_float(k);
   const F f2 = f * f;
@@ -69,35 +61,40 @@ GM_HD void sincos_turns(F u, F& sine, F& cosine) {
   const I swap = -(k & 1);
   const I first = (bits(c) & ~swap) | (bits(s) & swap);
   const I second = (bits(s) & ~swap) | (bits(c) & swap);
-  cosine = from_bits(first ^ (((k + 1) & 2) << 30));
-  sine = from_bits(second ^ ((k & 2) << 30));
+  cosine = from_bits(first ^ (((k + 1) << 30) & (I{} + INT32_MIN)));
+  sine = from_bits(second ^ ((k << 30) & (I{} + INT32_MIN)));
 }
 
-// Two uniforms to two standard normals (Box and Muller 1958).
+// Two words, as float32, to two standard normals (Box and Muller 1958).
 template <class F>
-GM_HD void normal_pair(F u0, F u1, F& n0, F& n1) {
-  const F r = sqrt_ieee(ln_uniform(u0) * -2.0f);
+GM_HD void normal_pair(F word0, F word1, F& n0, F& n1) {
+  const F r = sqrt_ieee(minus_two_ln(uniform_from(word0)));
   F s, c;
-  sincos_turns(u1, s, c);
+  sincos_turns(word1, s, c);
   n0 = r * c;
   n1 = r * s;
 }
 
-// exp(x) = 2^k (1 + tail) with tail = expm1 of the reduced argument; k is 0 for |x| <= ln(2)/2.
+// log1p(f) = f - f^2/2 + f^3 P(f) on [sqrt(1/2) - 1, sqrt(2) - 1]
+template <class F>
+GM_HD F log1p_polynomial(F f) {
+  F p = splat<F>(kLog1p[0]);
+  for (int i = 1; i < 8; ++i) p = fma(p, f, splat<F>(kLog1p[i]));
+  return p;
+}
+
+// exp(x) = 2^n (1 + tail) with tail = expm1 of the reduced argument; n is 0 for |x| < ln(2) / 2.
 template <class F>
 struct ExpParts {
   F tail;    // r + r^2 q(r)
   F excess;  // r^2 q(r), which is exp(r) - 1 - r without cancellation
-  int_of<F> k;
+  F n;       // an integer
 };
 
 template <class F>
 GM_HD ExpParts<F> exp_parts(F x) {
-  x = select(x > 89.0f, splat<F>(89.0f), x);
-  x = select(x < -110.0f, splat<F>(-110.0f), x);
-  const F t = x * 1.44269504088896341f;
-  const int_of<F> k = to_int(t + select(t < 0.0f, splat<F>(-0.5f), splat<F>(0.5f)));
-  const F n = to_float(k);
+  x = max_keeping_nan(min_keeping_nan(x, 89.0f), -110.0f);
+  const F n = round_to_integer(x * 1.44269504088896341f);
   F r = fma(n, splat<F>(-kLn2High), x);
   r = fma(n, splat<F>(-kLn2Low), r);
   F q = fma(r, splat<F>(0.001393575919792056f), splat<F>(0.008369090966880322f));
@@ -105,29 +102,22 @@ GM_HD ExpParts<F> exp_parts(F x) {
   q = fma(q, r, splat<F>(0.16666516661643982f));
   q = fma(q, r, splat<F>(0.5f));
   const F excess = r * r * q;
-  return {r + excess, excess, k};
-}
-
-// x 2^k for k from -160 to 130, in two steps so that results below the normal range round once.
-template <class F>
-GM_HD F scale_by_power(F x, int_of<F> k) {
-  const int_of<F> half = k >> 1;
-  return x * from_bits((half + 127) << 23) * from_bits((k - half + 127) << 23);
+  return {r + excess, excess, n};
 }
 
 // exp(x); +inf above 88.73, 0 below -104, NaN of NaN.
 template <class F>
 GM_HD F exp(F x) {
   const ExpParts<F> e = exp_parts(x);
-  return scale_by_power(1.0f + e.tail, e.k);
+  return scale_by_power(1.0f + e.tail, e.n);
 }
 
 // exp(x) and exp(x) - 1 - x, the latter to full relative accuracy near 0, from one polynomial.
 template <class F>
 GM_HD void exp_and_excess(F x, F& value, F& excess) {
   const ExpParts<F> e = exp_parts(x);
-  value = scale_by_power(1.0f + e.tail, e.k);
-  excess = select(to_float(e.k) == 0.0f, e.excess, value - (1.0f + x));
+  value = scale_by_power(1.0f + e.tail, e.n);
+  excess = select(e.n == 0.0f, e.excess, value - (1.0f + x));
 }
 
 // log1p(t) for t in [0, 1].

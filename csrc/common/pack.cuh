@@ -1,5 +1,5 @@
-// Rows of any float dtype on the GPU: groups of neighbouring values come as float32 and leave rounded,
-// 16 bytes an access where the row allows it, value by value where it does not.
+// Rows of any float dtype on the GPU: groups of neighbouring values come as float32 and leave
+// rounded, 16 bytes an access where the row allows it, value by value where it does not.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -24,7 +24,9 @@ static __device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat
 static __device__ __forceinline__ float widen(__half x) { return __half2float(x); }
 
 static __device__ __forceinline__ void narrow(float x, float& y) { y = x; }
-static __device__ __forceinline__ void narrow(float x, __nv_bfloat16& y) { y = __float2bfloat16_rn(x); }
+static __device__ __forceinline__ void narrow(float x, __nv_bfloat16& y) {
+  y = __float2bfloat16_rn(x);
+}
 static __device__ __forceinline__ void narrow(float x, __half& y) { y = __float2half_rn(x); }
 
 // Two values of 16 bits in one word, lower address first.

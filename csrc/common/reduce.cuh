@@ -6,8 +6,8 @@
 namespace gm {
 namespace device {
 
-// The sum of x over the lanes of a row chunk, in every lane. Lanes of more than a warp are a whole block,
-// which must call this together.
+// The sum of x over the lanes of a row chunk, in every lane. Lanes of more than a warp are a whole
+// block, which must call this together.
 template <class F>
 static __device__ __forceinline__ F row_sum(F x, const RowGrid& grid) {
   const int lanes = 1 << grid.log2_lanes;

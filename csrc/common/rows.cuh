@@ -1,8 +1,9 @@
 // How a grid shares [rows, columns] on the GPU, and how it is launched.
 //
-// A power of two of neighbouring threads (lanes) shares one chunk of one row: a few lanes where rows are
-// short, a warp, a whole block; several blocks where a row has several chunks (rows.h). The cut depends
-// on the columns and the dtype alone, so a row's sum does not depend on its neighbours.
+// A power of two of neighbouring threads (lanes) shares one chunk of one row: a few lanes where
+// rows are short, a warp, a whole block; several blocks where a row has several chunks (rows.h).
+// The cut depends on the columns and the dtype alone, so a row's sum does not depend on its
+// neighbours.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -26,8 +27,9 @@ struct RowGrid {
   bool vector;  // whole groups may be accessed 16 bytes at a time
 };
 
-// Runs body(row, chunk, columns of the chunk, lane) over this thread's row chunks. All threads of a block
-// make the same number of trips; where a row does not exist, its columns are 0 and its number is -1.
+// Runs body(row, chunk, columns of the chunk, lane) over this thread's row chunks. All threads of a
+// block make the same number of trips; where a row does not exist, its columns are 0 and its number
+// is -1.
 template <class Body>
 static __device__ __forceinline__ void for_row_chunks(const RowGrid& grid, Body body) {
   const int lane = threadIdx.x & ((1 << grid.log2_lanes) - 1);
@@ -43,9 +45,9 @@ static __device__ __forceinline__ void for_row_chunks(const RowGrid& grid, Body 
   }
 }
 
-// Runs body(vector, g, count) over this lane's groups of kGroup columns, g counting from the start of the
-// chunk: whole groups first, as vectors where the grid says so, then the rest, of which `count` columns
-// exist. Eight columns a trip, so that their loads are in flight together.
+// Runs body(vector, g, count) over this lane's groups of kGroup columns, g counting from the start
+// of the chunk: whole groups first, as vectors where the grid says so, then the rest, of which
+// `count` columns exist. Eight columns a trip, so that their loads are in flight together.
 template <int kGroup, class Body>
 static __device__ __forceinline__ void for_groups(const RowGrid& grid, int lane, int columns,
                                                   Body body) {
@@ -79,8 +81,8 @@ inline bool aligned(int64_t rows, int width, std::initializer_list<Place> places
   return true;
 }
 
-// Lanes so that a thread has about 4 to 8 groups of a long row, and 8 lanes beside each other at least
-// where there are so many groups: 128 bytes in a row.
+// Lanes so that a thread has about 4 to 8 groups of a long row, and 8 lanes beside each other at
+// least where there are so many groups: 128 bytes in a row.
 inline RowGrid row_grid(int64_t rows, int64_t columns, int width, bool vector) {
   RowGrid grid{rows, columns, chunks_of(columns), 0, vector};
   const int64_t groups = ((columns < kChunk ? columns : kChunk) + width - 1) / width;
@@ -123,7 +125,8 @@ void launch_rows(const char* op, void (*kernel)(Parameters...), const RowGrid& g
   check_cuda(op, cudaGetDevice(&device));
   check_cuda(op, cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
   const int lanes = 1 << grid.log2_lanes, threads = lanes > 32 ? lanes : kThreads;
-  const int64_t rows_a_block = threads / lanes, most = (int64_t)processors * 64 * (kThreads / threads);
+  const int64_t rows_a_block = threads / lanes,
+                most = (int64_t)processors * 64 * (kThreads / threads);
   const int64_t tiles = (grid.rows + rows_a_block - 1) / rows_a_block;
   const int64_t y = grid.chunks < 65535 ? grid.chunks : 65535;
   const int64_t x = tiles * y <= most ? tiles : most / y > 0 ? most / y : 1;

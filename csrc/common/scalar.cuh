@@ -44,7 +44,7 @@ GM_HD F splat(float x) {
 GM_HD float select(bool mask, float a, float b) { return mask ? a : b; }
 
 // Correctly rounded square root of +-0 and of [2^-100, max]; NaN of NaN. The five steps are those of
-// __fsqrt_rn where it takes no branch: 0 needs no slow path here, as long as its root stays finite.
+// __fsqrt_rn where it takes no branch: 0 needs no slow path as long as its inverse root is finite.
 GM_HD float sqrt_ieee(float x) {
 #if defined(__CUDA_ARCH__)
   float y;
@@ -54,6 +54,13 @@ GM_HD float sqrt_ieee(float x) {
 #else
   return __builtin_sqrtf(x);
 #endif
+}
+GM_HD float min_keeping_nan(float x, float bound) { return x > bound ? bound : x; }
+GM_HD float max_keeping_nan(float x, float bound) { return x < bound ? bound : x; }
+GM_HD float round_to_integer(float x) { return (x + 12582912.0f) - 12582912.0f; }
+GM_HD float scale_by_power(float x, float n) {
+  const int32_t k = (int32_t)n, half = k >> 1;
+  return x * from_bits((half + 127) << 23) * from_bits((k - half + 127) << 23);
 }
 GM_HD float fma(float a, float b, float c) {
 #if defined(__CUDA_ARCH__)

@@ -101,6 +101,48 @@ static inline vf sqrt_ieee(vf x) {
 #endif
 }
 
+// The smaller and the larger of x and a bound; NaN stays.
+static inline float min_keeping_nan(float x, float bound) { return x > bound ? bound : x; }
+static inline float max_keeping_nan(float x, float bound) { return x < bound ? bound : x; }
+static inline vf min_keeping_nan(vf x, float bound) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_min_ps(_mm512_set1_ps(bound), (__m512)x);  // minps returns its second of a NaN
+#elif defined(__AVX2__)
+  return (vf)_mm256_min_ps(_mm256_set1_ps(bound), (__m256)x);
+#else
+  return select(x > bound, splat<vf>(bound), x);
+#endif
+}
+static inline vf max_keeping_nan(vf x, float bound) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_max_ps(_mm512_set1_ps(bound), (__m512)x);
+#elif defined(__AVX2__)
+  return (vf)_mm256_max_ps(_mm256_set1_ps(bound), (__m256)x);
+#else
+  return select(x < bound, splat<vf>(bound), x);
+#endif
+}
+
+// Round to nearest even for |x| < 2^22: adding 1.5 2^23 leaves no room for a fraction.
+template <class F>
+static inline F round_to_integer(F x) {
+  return (x + 12582912.0f) - 12582912.0f;
+}
+
+// x 2^n for an integer n from -160 to 130; results below the normal range round once.
+static inline float scale_by_power(float x, float n) {
+  const int32_t k = (int32_t)n, half = k >> 1;
+  return x * from_bits((half + 127) << 23) * from_bits((k - half + 127) << 23);
+}
+static inline vf scale_by_power(vf x, vf n) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_scalef_ps((__m512)x, (__m512)n);
+#else
+  const vi k = to_int(n), half = k >> 1;
+  return x * from_bits((half + 127) << 23) * from_bits((k - half + 127) << 23);
+#endif
+}
+
 // a * b + c: one rounding where the hardware has it, two in the portable object. Never in the
 // noise.
 static inline float fma(float a, float b, float c) {

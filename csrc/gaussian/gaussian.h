@@ -50,8 +50,7 @@ namespace GM_ISA {
 // NaN passes through, as its gradient does.
 template <class F>
 GM_HD F clamp(F x, float low, float high) {
-  x = select(x < low, splat<F>(low), x);
-  return select(x > high, splat<F>(high), x);
+  return min_keeping_nan(max_keeping_nan(x, low), high);
 }
 
 // expm1(l) - l and sigma = exp(l / 2) from one exponential. With E = exp(h) = 1 + h + c, h = l / 2:
@@ -60,10 +59,10 @@ template <class F>
 GM_HD F excess_and_sigma(F l, F& sigma) {
   const F h = l * 0.5f;
   const ExpParts<F> e = exp_parts(h);
-  sigma = scale_by_power(1.0f + e.tail, e.k);
+  sigma = scale_by_power(1.0f + e.tail, e.n);
   const F near = fma(h, h, e.excess * (fma(h, splat<F>(2.0f), splat<F>(2.0f)) + e.excess));
   const F far = fma(sigma, sigma, -1.0f - l);
-  return select(to_float(e.k) == 0.0f, near, far);
+  return select(e.n == 0.0f, near, far);
 }
 
 // Twice the KL of one element; sigma comes for free. l is clamped already.

@@ -18,13 +18,17 @@ static __device__ __forceinline__ void load_or_zero(const Operand& x, const RowI
   for (int i = 0; i < N; ++i) out[i] = 0.0f;
 }
 
-// z and the KL of a row chunk, by the lanes of a RowGrid.
+// z and the KL of a row chunk, by the lanes of a RowGrid. The blocks a multiprocessor must hold are
+// as many as go without spills: unasked, ptxas saves registers by putting off loads.
 template <class T, bool kPrior, Eps kEps>
-__global__ void __launch_bounds__(kThreads, kPrior ? 2 : 3)
+__global__ void __launch_bounds__(kThreads, kWidth<T> == 8 ? 2
+                                            : kPrior       ? 3
+                                                           : 4)
     gaussian_forward_kernel(
-        // mean, logvar [B, D]; prior_mean, prior_logvar [B, D] or null, each; eps [B, D] where given;
-        // key or key_ptr where drawn; z [B, D] unless kEps is none; partial [B, chunks], null if chunks
-        // is 1; kl [B], written where partial is null. T is the dtype of all but kl and partial.
+        // mean, logvar [B, D]; prior_mean, prior_logvar [B, D] or null, each; eps [B, D] where
+        // given; key or key_ptr where drawn; z [B, D] unless kEps is none; partial [B, chunks],
+        // null if chunks is 1; kl [B], written where partial is null. T is the dtype of all but kl
+        // and partial.
         const __grid_constant__ GaussianArgs a, const __grid_constant__ RowGrid grid) {
   constexpr int N = kWidth<T>;
   const NoiseKey key = kEps == Eps::drawn ? read_key(a.key, a.key_ptr) : NoiseKey{};
@@ -69,10 +73,9 @@ __global__ void __launch_bounds__(kThreads, kPrior ? 2 : 3)
 }
 
 // kl of rows that have several chunks: a warp a row, in a fixed order.
-__global__ void __launch_bounds__(kThreads)
-    kl_sum_kernel(const float* partial,  // [B, chunks]
-                  float* kl,             // [B]
-                  const __grid_constant__ RowGrid grid) {
+__global__ void __launch_bounds__(kThreads) kl_sum_kernel(const float* partial,  // [B, chunks]
+                                                          float* kl,             // [B]
+                                                          const __grid_constant__ RowGrid grid) {
   for_row_chunks(grid, [&](int64_t row, int64_t, int columns, int lane) {
     double sum = 0.0;
     if (columns) {
@@ -85,12 +88,11 @@ __global__ void __launch_bounds__(kThreads)
 
 // Gradients of one element a thread and step; kColumns: dkl is [D], one value a column.
 template <class T, bool kPrior, Eps kEps, bool kColumns>
-__global__ void __launch_bounds__(kThreads, kPrior ? 2 : 3)
-    gaussian_backward_kernel(
-        // mean, logvar [B, D]; prior_mean, prior_logvar [B, D] or null, each; eps [B, D] where given; key
-        // or key_ptr where drawn; dz [B, D] unless kEps is none; dkl [B] or [D], or null, any dtype;
-        // dmean, dlogvar, dprior_mean, dprior_logvar, deps [B, D] or null, each.
-        const __grid_constant__ GaussianArgs a, const __grid_constant__ RowGrid grid) {
+__global__ void __launch_bounds__(kThreads, kPrior ? 2 : 3) gaussian_backward_kernel(
+    // mean, logvar [B, D]; prior_mean, prior_logvar [B, D] or null, each; eps [B, D] where given;
+    // key or key_ptr where drawn; dz [B, D] unless kEps is none; dkl [B] or [D], or null, any
+    // dtype; dmean, dlogvar, dprior_mean, dprior_logvar, deps [B, D] or null, each.
+    const __grid_constant__ GaussianArgs a, const __grid_constant__ RowGrid grid) {
   constexpr int N = kWidth<T>;
   const NoiseKey key = kEps == Eps::drawn ? read_key(a.key, a.key_ptr) : NoiseKey{};
   for_row_chunks(grid, [&](int64_t row, int64_t chunk, int columns, int lane) {
@@ -165,14 +167,16 @@ static void backward(const GaussianArgs& a, const RowGrid& grid, void* stream) {
     if (a.eps.data) return launch_backward<T, kPrior, Eps::given>(a, grid, stream);
     return launch_backward<T, kPrior, Eps::drawn>(a, grid, stream);
   }
-  if (a.dkl.data && a.dkl.stride) return launch_backward<T, kPrior, Eps::none, true>(a, grid, stream);
+  if (a.dkl.data && a.dkl.stride)
+    return launch_backward<T, kPrior, Eps::none, true>(a, grid, stream);
   launch_backward<T, kPrior, Eps::none>(a, grid, stream);
 }
 
 }  // namespace device
 
 void gaussian_forward_cuda(const GaussianArgs& a, void* stream) {
-  device::with_dtype(a.rows, a.columns, {a.mean, a.logvar, a.prior_mean, a.prior_logvar, a.eps, a.z},
+  device::with_dtype(a.rows, a.columns,
+                     {a.mean, a.logvar, a.prior_mean, a.prior_logvar, a.eps, a.z},
                      [&](auto type, const device::RowGrid& grid) {
                        using T = decltype(type);
                        a.has_prior() ? device::forward<T, true>(a, grid, stream)
@@ -182,8 +186,8 @@ void gaussian_forward_cuda(const GaussianArgs& a, void* stream) {
 
 void gaussian_backward_cuda(const GaussianArgs& a, void* stream) {
   device::with_dtype(a.rows, a.columns,
-                     {a.mean, a.logvar, a.prior_mean, a.prior_logvar, a.eps, a.dz, a.dmean, a.dlogvar,
-                      a.dprior_mean, a.dprior_logvar, a.deps},
+                     {a.mean, a.logvar, a.prior_mean, a.prior_logvar, a.eps, a.dz, a.dmean,
+                      a.dlogvar, a.dprior_mean, a.dprior_logvar, a.deps},
                      [&](auto type, const device::RowGrid& grid) {
                        using T = decltype(type);
                        a.has_prior() ? device::backward<T, true>(a, grid, stream)

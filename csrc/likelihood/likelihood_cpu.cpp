@@ -145,43 +145,128 @@ static inline Softmax softmax(const CategoricalArgs& a, int64_t row, int64_t d) 
   return {top, sum_lanes(sum)};
 }
 
-static void categorical(const CategoricalArgs& a, double* sums, int64_t begin, int64_t end) {
-  for_chunks(a.columns, begin, end, [&](int64_t task, int64_t row, int64_t start, int64_t n) {
-    double total = 0.0;
-    for (int64_t d = start; d < start + n; ++d) {
-      const int64_t level = level_at(a, row, d);
-      if (level < 0 || level >= a.size) {
-        total += __builtin_nan("");
-        continue;
-      }
-      Buffer one;
-      const Softmax p = softmax(a, row, d);
-      const float chosen = *load_block(a.logits, row, d * a.size + level, 1, one);
-      total += (double)((p.top - chosen) + log(p.sum));
+// Few levels: kLanes positions side by side, one a lane, so that nothing is horizontal. columns[k] holds
+// level k of each position; lanes past count hold zeros.
+struct SoftmaxGroup {
+  static constexpr int64_t kMaxSize = kBlock / kLanes;
+  Buffer logits, columns;
+  vf top, sum;
+
+  const float* read(const CategoricalArgs& a, int64_t row, int64_t d, int64_t count) {
+    const float* s = load_block(a.logits, row, d * a.size, count * a.size, logits);
+    if (count < kLanes) memset(columns.data, 0, sizeof(columns.data));
+    for (int64_t j = 0; j < count; ++j)
+      for (int64_t k = 0; k < a.size; ++k) columns.data[k * kLanes + j] = s[j * a.size + k];
+    top = load<vf>(columns.data);
+    for (int64_t k = 1; k < a.size; ++k) {
+      const vf x = load<vf>(columns.data + k * kLanes);
+      top = select(x > top, x, top);
     }
-    sums[task] = total;
+    sum = vf{};
+    for (int64_t k = 0; k < a.size; ++k) {
+      const vf p = exp(load<vf>(columns.data + k * kLanes) - top);
+      sum += p;
+      store(columns.data + k * kLanes, p);
+    }
+    return s;
+  }
+};
+
+// Runs body(first position, count) for groups of kLanes positions.
+template <class Body>
+static inline void for_groups(int64_t start, int64_t n, Body body) {
+  for (int64_t d = start; d < start + n; d += kLanes)
+    body(d, start + n - d < kLanes ? start + n - d : (int64_t)kLanes);
+}
+
+static double few_levels(const CategoricalArgs& a, int64_t row, int64_t start, int64_t n) {
+  double total = 0.0;
+  SoftmaxGroup group;
+  for_groups(start, n, [&](int64_t d, int64_t count) {
+    const float* s = group.read(a, row, d, count);
+    vf chosen = group.top;
+    for (int64_t j = 0; j < count; ++j) {
+      const int64_t level = level_at(a, row, d + j);
+      chosen[j] = level >= 0 && level < a.size ? s[j * a.size + level] : __builtin_nanf("");
+    }
+    vf nll = (group.top - chosen) + log(group.sum);
+    for (int64_t j = count; j < kLanes; ++j) nll[j] = 0.0f;
+    total += (double)sum_lanes(nll);
+  });
+  return total;
+}
+
+static double many_levels(const CategoricalArgs& a, int64_t row, int64_t start, int64_t n) {
+  double total = 0.0;
+  for (int64_t d = start; d < start + n; ++d) {
+    const int64_t level = level_at(a, row, d);
+    if (level < 0 || level >= a.size) return __builtin_nan("");
+    Buffer one;
+    const Softmax p = softmax(a, row, d);
+    const float chosen = *load_block(a.logits, row, d * a.size + level, 1, one);
+    total += (double)((p.top - chosen) + log(p.sum));
+  }
+  return total;
+}
+
+static void categorical(const CategoricalArgs& a, double* sums, int64_t begin, int64_t end) {
+  const bool few = a.size <= SoftmaxGroup::kMaxSize;
+  for_chunks(a.columns, begin, end, [&](int64_t task, int64_t row, int64_t start, int64_t n) {
+    sums[task] = few ? few_levels(a, row, start, n) : many_levels(a, row, start, n);
   });
 }
 
-static void categorical_backward(const CategoricalArgs& a, int64_t begin, int64_t end) {
-  for_chunks(a.columns, begin, end, [&](int64_t, int64_t row, int64_t start, int64_t n) {
-    Buffer one, buffer;
-    const float dnll = *load_block(a.dnll, row, 0, 1, one);
-    for (int64_t d = start; d < start + n; ++d) {
-      const int64_t level = level_at(a, row, d);
-      const bool inside = level >= 0 && level < a.size;
-      const float g = inside ? dnll : __builtin_nanf("");
-      const Softmax p = softmax(a, row, d);
-      const float scale = 1.0f / p.sum;
-      for_logits(a, row, d, [&](vf s, int64_t first, int64_t count) {
-        vf gradient = exp(s - p.top) * scale;
-        if (level >= first && level < first + count) gradient[level - first] -= 1.0f;
-        gradient *= g;
-        float* out = open_block(a.dlogits, row, d * a.size + first, buffer);
-        memcpy(out, &gradient, count * sizeof(float));
-        close_block(a.dlogits, row, d * a.size + first, count, buffer);
-      });
+static void few_levels_backward(const CategoricalArgs& a, float dnll, int64_t row, int64_t start,
+                                int64_t n) {
+  SoftmaxGroup group;
+  Buffer buffer;
+  for_groups(start, n, [&](int64_t d, int64_t count) {
+    group.read(a, row, d, count);
+    vf scale = dnll / group.sum;
+    for (int64_t j = 0; j < count; ++j) {
+      const int64_t level = level_at(a, row, d + j);
+      if (level < 0 || level >= a.size) scale[j] = __builtin_nanf("");
     }
+    for (int64_t k = 0; k < a.size; ++k) {
+      float* column = group.columns.data + k * kLanes;
+      store(column, load<vf>(column) * scale);
+    }
+    float* out = open_block(a.dlogits, row, d * a.size, buffer);
+    for (int64_t j = 0; j < count; ++j) {
+      const float* lane = group.columns.data + j;
+      for (int64_t k = 0; k < a.size; ++k) out[j * a.size + k] = lane[k * kLanes];
+      const int64_t level = level_at(a, row, d + j);
+      if (level >= 0 && level < a.size) out[j * a.size + level] -= dnll;
+    }
+    close_block(a.dlogits, row, d * a.size, count * a.size, buffer);
+  });
+}
+
+static void many_levels_backward(const CategoricalArgs& a, float dnll, int64_t row, int64_t start,
+                                 int64_t n) {
+  Buffer buffer;
+  for (int64_t d = start; d < start + n; ++d) {
+    const int64_t level = level_at(a, row, d);
+    const float g = level >= 0 && level < a.size ? dnll : __builtin_nanf("");
+    const Softmax p = softmax(a, row, d);
+    const float scale = 1.0f / p.sum;
+    for_logits(a, row, d, [&](vf s, int64_t first, int64_t count) {
+      vf gradient = exp(s - p.top) * scale;
+      if (level >= first && level < first + count) gradient[level - first] -= 1.0f;
+      gradient *= g;
+      float* out = open_block(a.dlogits, row, d * a.size + first, buffer);
+      memcpy(out, &gradient, count * sizeof(float));
+      close_block(a.dlogits, row, d * a.size + first, count, buffer);
+    });
+  }
+}
+
+static void categorical_backward(const CategoricalArgs& a, int64_t begin, int64_t end) {
+  const bool few = a.size <= SoftmaxGroup::kMaxSize;
+  for_chunks(a.columns, begin, end, [&](int64_t, int64_t row, int64_t start, int64_t n) {
+    Buffer one;
+    const float dnll = *load_block(a.dnll, row, 0, 1, one);
+    few ? few_levels_backward(a, dnll, row, start, n) : many_levels_backward(a, dnll, row, start, n);
   });
 }
 

@@ -47,7 +47,7 @@ static void host_sincospi(const float* x, float* sine, float* cosine, int64_t n)
   for_vectors(n, [&](auto lane, int64_t i) {
     using F = decltype(lane);
     F s, c;
-    sincos_turns(load<F>(x + i) * 0.5f, s, c);
+    sincos_turns(load<F>(x + i) * 0x1p31f - 0.5f, s, c);  // turns = x 2^-1, in words
     store<F>(sine + i, s);
     store<F>(cosine + i, c);
   });
@@ -55,8 +55,7 @@ static void host_sincospi(const float* x, float* sine, float* cosine, int64_t n)
 
 static void host_normal_from_words(const uint32_t* words, float* y, int64_t pairs) {
   for (int64_t i = 0; i < pairs; ++i) {
-    normal_pair(uniform_from((float)words[2 * i]), uniform_from((float)words[2 * i + 1]), y[2 * i],
-                y[2 * i + 1]);
+    normal_pair((float)words[2 * i], (float)words[2 * i + 1], y[2 * i], y[2 * i + 1]);
   }
 }
 

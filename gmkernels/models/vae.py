@@ -161,7 +161,7 @@ class LowRankLogits(nn.Module):
     """h [B, H] -> logits [B, D, L]: sum_r (W h)[b, d, r] E[r, l] + bias[d, l].
 
     The levels of all pixels share the embedding E: R (H + 1) D + R L + D L numbers in place of
-    (H + 1) D L, which on a thousand digits is 17 nats an image less on unseen ones.
+    (H + 1) D L. On 1000 digits that overfits less: 92.6 nats an unseen image, not 112.7.
     """
 
     def __init__(self, hidden: int, pixels: int, levels: int, rank: int) -> None:

@@ -74,17 +74,17 @@ def uniform_from(words: Tensor) -> Tensor:
     return words.to(torch.float32) * 2.0**-32 + 2.0**-33
 
 
-def ln_uniform(u: Tensor) -> Tensor:
-    """ln u for float32 u in (0, 1]; u = 2^e (1 + f)."""
+def minus_two_ln(u: Tensor) -> Tensor:
+    """-2 ln u for float32 u in (0, 1]; u = 2^e (1 + f)."""
     i = u.view(torch.int32)
     e = (i - 0x3F3504F3) >> 23
     f = (i - e * 0x800000).view(torch.float32) - 1.0
     k = e.to(torch.float32)
-    p = f * _LN[0] + _LN[1]
+    p = f * (-2 * _LN[0]) + -2 * _LN[1]
     for coefficient in _LN[2:]:
-        p = p * f + coefficient
-    tail = k * _LN2_LOW + f * f * (p * f - 0.5)
-    return (f + tail) + k * _LN2_HIGH
+        p = p * f + -2 * coefficient
+    tail = k * (-2 * _LN2_LOW) + f * f * (p * f + 1.0)
+    return (f * -2.0 + tail) + k * (-2 * _LN2_HIGH)
 
 
 def sincos_turns(u: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,8 +110,7 @@ def sincos_turns(u: Tensor) -> tuple[Tensor, Tensor]:
 def normal_from(words: Tensor) -> Tensor:
     """Words [..., 4] to float32 normals [..., 4]."""
     u = uniform_from(words)
-    radius_squared = ln_uniform(u[..., 0::2].contiguous()) * -2.0
-    r = radius_squared.to(torch.float64).sqrt().to(torch.float32)
+    r = minus_two_ln(u[..., 0::2].contiguous()).to(torch.float64).sqrt().to(torch.float32)
     sine, cosine = sincos_turns(u[..., 1::2].contiguous())
     return torch.stack([r * cosine, r * sine], dim=-1).flatten(-2)
 

@@ -1,0 +1,182 @@
+"""Times every kernel against PyTorch and torch.compile on this machine: python -m benchmarks.
+
+Each row is checked against its float64 reference first; a wrong row prints WRONG and no number.
+Sides are timed in turn, in one process, so that a slow hour slows all alike. On a CPU it is done
+twice, each in a process of its own: with gmkernels.reuse_memory() called at the start, for both
+sides, and without, for the headline rows.
+
+Results (a CSV and a picture, named after the machine) go to build/bench, which git ignores, unless
+--out names another folder. `make bench` is --quick; the committed results are written by
+    python -m benchmarks --out benchmarks/results
+"""
+
+import argparse
+import multiprocessing
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks import model_steps, probes, record, report, worker
+from gmkernels import dispatch, registry
+
+QUICK_SECONDS = 230  # no row is begun after these in --quick: it ends within five minutes
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    found = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    found.add_argument("--op", action="append", metavar="NAME", help="only this op; repeatable")
+    found.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
+    found.add_argument(
+        "--quick", action="store_true", help="headline rows only, in less than five minutes"
+    )
+    found.add_argument(
+        "--isa",
+        choices=("portable", "v3", "v4"),
+        help="run our CPU kernels of this instruction set (v3: AVX2, v4: AVX-512)",
+    )
+    found.add_argument(
+        "--regime",
+        choices=("reuse", "default", "both"),
+        default="both",
+        help="CPU memory: reused, as after gmkernels.reuse_memory(), or as glibc does by default",
+    )
+    found.add_argument(
+        "--out",
+        type=Path,
+        help="folder for the CSV and the picture; not with --op: files are whole",
+    )
+    return found
+
+
+def plans(options: argparse.Namespace) -> list[worker.Plan]:
+    """One plan a regime: the first measures everything, the second stands beside headline rows."""
+    ops = registry.rows() if options.op is None else [registry.row(name) for name in options.op]
+    chosen = [(op.name, b) for op in ops for b in op.benchmarks if b.headline or not options.quick]
+    headline = tuple((name, b.name) for name, b in chosen if b.headline)
+    every = tuple((name, b.name) for name, b in chosen)
+    regimes = ["reuse", "default"] if options.regime == "both" else [options.regime]
+    if options.device == "cuda":
+        regimes = ["default"]
+    deadline = time.time() + QUICK_SECONDS if options.quick else float("inf")
+    return [
+        worker.Plan(
+            rows=headline if n else every,
+            models=options.op is None,
+            device=options.device,
+            regime=regime,
+            isa=options.isa,
+            beside=n > 0,
+            quick=options.quick,
+            deadline=deadline,
+        )
+        for n, regime in enumerate(regimes)
+    ]
+
+
+class Session:
+    """Runs plans, each in a process of its own, and collects what they send."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.records: list[record.Record] = []
+        self.left_out: list[str] = []
+        self.crashed = False
+
+    def run(self, all_plans: list[worker.Plan]) -> None:
+        """Measures everything; a line a row as it is done."""
+        steps = sum(len(p.rows) + p.models * len(model_steps.MODEL_STEPS) for p in all_plans)
+        columns = (BarColumn(), TextColumn("{task.completed}/{task.total} {task.description}"))
+        with Progress(*columns, TimeElapsedColumn(), console=self.console) as progress:
+            task = progress.add_task("starting", total=steps, completed=-1)
+            for plan in all_plans:
+                for title in self._titles(plan):
+                    progress.advance(task)
+                    progress.update(task, description=f"{title} ({plan.regime} memory)")
+            progress.advance(task)
+
+    def _titles(self, plan: worker.Plan) -> Iterator[str]:
+        """Yields the title of each row when it begins; prints the one before."""
+        context = multiprocessing.get_context("spawn")
+        here, there = context.Pipe(duplex=False)
+        process = context.Process(target=worker.run, args=(plan, there))
+        process.start()
+        there.close()
+        row: list[record.Record] = []
+        title = ""
+        while True:
+            try:
+                kind, what = here.recv()
+            except EOFError:
+                process.join()
+                self.crashed = True
+                code = process.exitcode
+                self.console.print(f"[red]the process died (exit code {code}) in: {title}[/red]")
+                return
+            if kind == "record":
+                row.append(what)
+                self.records.append(what)
+                continue
+            if kind == "note":
+                self.console.print(what)
+                continue
+            self._print_row(title, plan, row)
+            row, title = [], what
+            if kind == "left out":
+                self.left_out.append(what)
+                title = ""
+            if kind == "end":
+                process.join()
+                return
+            yield what
+
+    def _print_row(self, title: str, plan: worker.Plan, row: list[record.Record]) -> None:
+        if not title:
+            return
+        said = []
+        for r in row:
+            if r.p50_ms is None:
+                said.append(f"[red]{r.side} {r.correct}[/red]")
+            else:
+                said.append(f"{r.side} {r.p50_ms:.3g}")
+        self.console.print(f"{title} ({plan.regime} memory): {', '.join(said)} ms", highlight=False)
+
+
+def main() -> int:
+    """Runs the benchmarks that the command line asks for; 1 if a row is wrong or a process died."""
+    command = parser()
+    options = command.parse_args()
+    if options.op and options.out:
+        command.error("--out writes whole results files; with --op, build/bench is written")
+    if options.device is None:
+        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.isa and dispatch.extension is None:
+        command.error("--isa chooses among our C++ kernels, and the extension is not built")
+    console = Console(width=None if sys.stdout.isatty() else 170)
+    start = time.time()
+    session = Session(console)
+    session.run(plans(options))
+    stamp = probes.stamp(options.device)
+    name = stamp["machine"] + (f"-{options.isa}" if options.isa else "")
+    folder = options.out or Path("build/bench")
+    csv, png = folder / f"{name}.csv", folder / f"{name}.png"
+    record.write(csv, stamp, session.records)
+    report.plot(png, session.records, name)
+    report.show(console, session.records, name, session.left_out)
+    took = f"{time.time() - start:.0f} s"
+    console.print(f"{took}. Every number: {csv}; picture: {png}", highlight=False)
+    wrong = any(r.correct.startswith("WRONG") for r in session.records)
+    return 1 if wrong or session.crashed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,306 @@
+"""The benchmark tool itself: wrong rows, the file's columns, the readers of machine code."""
+
+import csv
+import dataclasses
+import functools
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from benchmarks import __main__ as command
+from benchmarks import model_steps, probes, record, report, sides, static_asm, timing, worker
+from benchmarks.record import Record
+from gmkernels import registry
+from gmkernels.models import vae
+from gmkernels.spec import Benchmark, Case, Inputs, Op, filled
+
+ROOT = Path(__file__).resolve().parents[1]
+CASE = Case("tiny", "odd", (4, 9))
+
+
+def row_of(function: Callable[..., Tensor]) -> Op:
+    """A row of an op that should square its input."""
+
+    def public(x: Tensor, *, backend: str | None = None) -> Tensor:
+        return x.square() if backend == "reference" else function(x)
+
+    return Op(
+        name="square",
+        family="test",
+        summary="x squared",
+        function=public,
+        eager=torch.square,
+        inputs=lambda case, dtype, device, seed: Inputs((filled(case.shape, dtype, device, seed),)),
+        cases=(CASE,),
+        benchmarks=(Benchmark("forward", CASE, headline=True),),
+        bytes=lambda case, dtype, backward: 2 * 36 * dtype.itemsize,
+        flops=lambda case: 10**6,
+        source="none",
+    )
+
+
+def plan(**options: Any) -> worker.Plan:
+    return worker.Plan(
+        **{
+            "rows": (),
+            "models": False,
+            "device": "cpu",
+            "regime": "default",
+            "isa": None,
+            "beside": True,
+            "quick": True,
+            "deadline": float("inf"),
+            **options,
+        }
+    )
+
+
+def rendered(records: list[Record]) -> str:
+    console = Console(width=250, file=io.StringIO(), record=True)
+    report.show(console, records, "machine", [])
+    return console.export_text()
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x: x.square() + 1e-3,
+        lambda x: x.square()[:, :-1],
+        lambda x: x.square() * torch.where(x == x.max(), torch.nan, 1.0),
+    ],
+    ids=["value", "shape", "nan"],
+)
+def test_a_wrong_row_has_no_number(wrong: Callable[..., Tensor], backward: bool) -> None:
+    benchmark = Benchmark("forward", CASE, backward=backward)
+    found = list(worker.row(plan(beside=False), row_of(wrong), benchmark))
+    assert len(found) == 1
+    assert found[0].correct.startswith("WRONG: ours: ")
+    numbers = [v for v in dataclasses.astuple(found[0]) if not isinstance(v, str)]
+    assert set(numbers) == {None}
+    text = rendered(found)
+    assert "WRONG" in text
+    assert "1 of them WRONG, without a number" in text
+
+
+def test_a_wrong_gradient_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sides, "compiled", lambda function: function)
+    benchmark = Benchmark("forward", CASE, backward=True)
+    right, halved = row_of(torch.square), row_of(lambda x: x.detach() * x)
+    assert sides.fault(right, benchmark, "cpu", sides.Sides(right)) == ""
+    assert "result 1 is off" in sides.fault(halved, benchmark, "cpu", sides.Sides(halved))
+
+
+def test_an_exception_is_a_fault() -> None:
+    def broken(x: Tensor) -> Tensor:
+        raise ValueError("no such kernel")
+
+    found = list(worker.row(plan(beside=False), row_of(broken), Benchmark("forward", CASE)))
+    assert [r.correct for r in found] == ["WRONG: ValueError: no such kernel"]
+
+
+@pytest.mark.parametrize("name", ["normal", "uniform"])
+def test_noise_is_held_against_its_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sides, "compiled", lambda function: function)
+    op = registry.row(name)
+    for dtype in (torch.float32, torch.bfloat16):
+        benchmark = Benchmark("small", Case("small", "odd", (5, 37)), dtype)
+        assert sides.fault(op, benchmark, "cpu", sides.Sides(op)) == ""
+        shifted = dataclasses.replace(op, function=functools.partial(shifted_by_a_row, op))
+        assert "off by" in sides.fault(shifted, benchmark, "cpu", sides.Sides(shifted))
+
+
+def shifted_by_a_row(op: Op, *args: Any, **kwargs: Any) -> Tensor:
+    offset = 0 if kwargs.get("backend") == "reference" else 1
+    return op.function(*args, **kwargs, offset=offset)
+
+
+@pytest.fixture(scope="module")
+def measured() -> list[Record]:
+    op = row_of(torch.square)
+    return list(worker.row(plan(), op, op.benchmarks[0]))
+
+
+def test_a_right_row_is_timed(measured: list[Record]) -> None:
+    assert [r.side for r in measured] == [sides.EAGER, sides.OURS]
+    for r in measured:
+        assert r.correct == "yes"
+        assert 0 < r.p20_ms <= r.p50_ms <= r.p80_ms
+        assert r.gb_per_s > 0
+        assert r.share_of_copy > 0
+        assert r.share_of_matmul > 0
+    assert measured[1].ratio_vs_ours == 1
+
+
+def test_csv(measured: list[Record], tmp_path: Path) -> None:
+    stamp = probes.stamp("cpu")
+    path = tmp_path / "folder" / "machine.csv"
+    wrong = Record("v4", "reuse", "op", "case", "float32", "forward", "ours", correct="WRONG: 1")
+    for _ in range(2):
+        record.write(path, stamp, [*measured, wrong])
+    assert [p.name for p in path.parent.iterdir()] == ["machine.csv"]
+    with path.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert list(lines[0]) == list(record.COLUMNS)
+    assert record.COLUMNS[:12] == (
+        *("commit", "date", "versions", "machine", "threads", "isa", "regime"),
+        *("op", "case", "dtype", "direction", "side"),
+    )
+    assert len(lines) == 3
+    assert float(lines[0]["p50_ms"]) == pytest.approx(measured[0].p50_ms, rel=1e-4)
+    assert lines[2]["p50_ms"] == ""
+    assert "torch" in lines[0]["versions"]
+
+
+def test_losses_are_told(measured: list[Record], tmp_path: Path) -> None:
+    slower = [dataclasses.replace(measured[0], ratio_vs_ours=0.5), measured[1]]
+    beside = [dataclasses.replace(r, regime="reuse", ratio_vs_ours=3.25) for r in slower]
+    text = rendered([*slower, *beside])
+    assert "0.50x" in text
+    assert "3.25x" in text
+    assert "slower in 1 of 1 rows" in text
+    report.plot(tmp_path / "plot.png", slower, "machine")
+    assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_sides_are_timed_in_turn() -> None:
+    order: list[str] = []
+    calls = {name: functools.partial(order.append, name) for name in ("a", "b")}
+    timing.in_turn(calls, "cpu", rounds=3, seconds=1e-4)
+    turns = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
+    assert turns == ["a", "b"] * 3
+
+
+def make_large_call() -> Callable[[], Tensor]:
+    source = torch.ones(2 << 20)
+
+    def call() -> Tensor:
+        return (source + 1) * 2
+
+    call()  # as every side has: threads and libraries are there
+    return call
+
+
+def test_peak_memory() -> None:
+    peak = probes.peak_memory(make_large_call, "cpu", reuse=False)
+    if peak is None:
+        pytest.skip("/proc/self/clear_refs cannot be written here")
+    assert 16 << 20 <= peak < 17 << 20  # a temporary and a result of 8 MiB, no input
+
+
+def test_plain_pytorch_stands_in_for_our_ops() -> None:
+    ours = vae.reparameterize_kl
+    plain = model_steps.PlainPyTorch()
+    with plain:
+        assert vae.reparameterize_kl is not ours
+        z, kl = vae.reparameterize_kl(torch.zeros(2, 3), torch.zeros(2, 3), seed=1)
+    assert vae.reparameterize_kl is ours
+    assert z.shape == (2, 3)
+    assert kl.tolist() == [0, 0]
+
+
+def test_model_step_is_right() -> None:
+    for step in model_steps.MODEL_STEPS:
+        assert model_steps.fault(step, "cpu") == ""
+
+
+def test_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    text = command.parser().format_help()
+    for word in ("--op", "--device", "--quick", "--isa", "--regime", "--out", "benchmarks/results"):
+        assert word in text
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--op", "normal", "--out", "x"])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert "build/bench" in capsys.readouterr().err
+    options = command.parser().parse_args(["--quick", "--device", "cpu"])
+    first, second = command.plans(options)
+    assert (first.regime, second.regime) == ("reuse", "default")
+    assert second.beside
+    assert set(second.rows) <= set(first.rows)
+
+
+SASS = """
+        Function : tiny
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   S2R R0, SR_TID.X ;
+        /*0020*/              @!P1 BRA 0x60 ;
+        /*0030*/                   MOV R4, 0x50 ;
+        /*0040*/                   CALL.REL.NOINC 0xc0 ;
+        /*0050*/                   MOV R5, R0 ;
+        /*0060*/                   LDG.E.128 R8, desc[UR6][R2.64] ;
+        /*0070*/                   FADD R8, R8, R9 ;
+        /*0080*/                   STG.E.64 desc[UR6][R2.64+0x8], R8 ;
+        /*0090*/               @P0 BRA 0x60 ;
+        /*00a0*/                   STL [R1], R8 ;
+        /*00b0*/                   EXIT ;
+        /*00c0*/                   RET.REL.NODEC R4 0x0 ;
+        /*00d0*/                   BRA 0xd0;
+"""
+USAGE = " Function tiny:\n  REG:28 STACK:0 SHARED:1024 LOCAL:8 CONSTANT[0]:392"
+AMD = """
+	.globl	tiny
+tiny:
+	s_load_dwordx2 s[2:3], s[0:1], 0x0
+.LBB0_1:
+	global_load_dwordx4 v[0:3], v4, s[2:3]
+	v_add_f32_e32 v0, v0, v1
+	global_store_short v4, v0, s[2:3]
+	s_cbranch_scc1 .LBB0_1
+	s_endpgm
+    .vgpr_count:     17
+    .vgpr_spill_count: 3
+"""
+
+
+def test_sass_is_read() -> None:
+    (kernel,) = static_asm.parse_sass(SASS, USAGE)
+    assert (kernel.name, kernel.registers, kernel.shared) == ("tiny", 28, 1024)
+    assert [i.opcode for i in kernel.hot()] == ["LDG.E.128", "FADD", "STG.E.64", "BRA"]
+    assert (kernel.widths("load"), kernel.widths("store")) == ((128,), (64,))
+    assert kernel.loops
+    assert kernel.spills == 1
+    straight = SASS.replace("@P0 BRA 0x60", "NOP")
+    (kernel,) = static_asm.parse_sass(straight, USAGE)
+    assert not kernel.loops
+    assert len(kernel.hot()) == 8  # neither the slow path, nor what is behind EXIT, nor NOP
+
+
+def test_amd_assembly_is_read() -> None:
+    kernel = static_asm.parse_amdgcn(AMD)
+    assert (kernel.name, kernel.registers, kernel.spills) == ("tiny", 17, 3)
+    assert len(kernel.hot()) == 4
+    assert (kernel.widths("load"), kernel.widths("store")) == ((128,), (16,))
+
+
+def test_static_report(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    run = [sys.executable, "-m", "benchmarks.static_gpu", "--op", "uniform"]
+    done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with (tmp_path / "build/static_gpu.csv").open(newline="") as file:
+        lines = {(x["target"], x["dtype"]): x for x in csv.DictReader(file)}
+    hopper = lines["sm_90", "float32"]
+    assert {target for target, _ in lines} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    assert hopper["store_bits"] == "128"
+    assert hopper["spills"] == "0"
+    assert 5 < float(hopper["per_element"]) <= float(hopper["ceiling"])
+    assert hopper["bound_by"] == "memory"
+
+
+def test_static_report_fails_above_the_ceiling() -> None:
+    static_gpu = pytest.importorskip("benchmarks.static_gpu")
+    line = static_gpu.Line("op", "forward", "", "sm_90", "k", 32, 0, 0, "", "", 400, 50.0, 40)
+    assert line.fault == "more than 40 instructions an element"
+    assert not dataclasses.replace(line, ceiling=50).fault
+    assert "spills" in dataclasses.replace(line, ceiling=50, spills=2).fault
