@@ -88,9 +88,10 @@ class DifferentiableOp:
             return self.run_forward(backend, args)
         if is_transformed():
             return self.reference(*args)
-        tensors = args[: self.inputs]
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-            return self.forward_function.apply(backend, *args)
+        if torch.is_grad_enabled():
+            for x in args[: self.inputs]:
+                if x is not None and x.requires_grad:
+                    return self.forward_function.apply(backend, *args)
         with BelowAutograd():
             return self.run_forward(backend, args)
 

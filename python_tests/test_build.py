@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -94,6 +95,16 @@ def test_use_isa_restores(isas: list[str]) -> None:
     with pytest.raises(KeyError), gmkernels.use_isa("portable"):
         raise KeyError
     assert extension.isa() == before
+
+
+def test_set_isa_takes_effect(isas: list[str]) -> None:
+    """The portable object has no fma, so that some of its exponentials round differently."""
+    x = np.linspace(-20, 20, 10_001, dtype=np.float32)
+    found = []
+    for isa in isas:
+        with gmkernels.use_isa(isa):
+            found.append(extension.exp(x))
+    assert all((found[0] != other).any() for other in found[1:])
 
 
 WITHOUT = """

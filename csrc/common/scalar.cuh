@@ -43,8 +43,9 @@ GM_HD F splat(float x) {
 }
 GM_HD float select(bool mask, float a, float b) { return mask ? a : b; }
 
-// Correctly rounded square root of +-0 and of [2^-100, max]; NaN of NaN. The five steps are those of
-// __fsqrt_rn where it takes no branch: 0 needs no slow path as long as its inverse root is finite.
+// Correctly rounded square root of +-0 and of [2^-100, max]; NaN of NaN. The five steps are those
+// of __fsqrt_rn where it takes no branch: 0 needs no slow path as long as its inverse root is
+// finite.
 GM_HD float sqrt_ieee(float x) {
 #if defined(__CUDA_ARCH__)
   float y;
@@ -55,12 +56,35 @@ GM_HD float sqrt_ieee(float x) {
   return __builtin_sqrtf(x);
 #endif
 }
-GM_HD float min_keeping_nan(float x, float bound) { return x > bound ? bound : x; }
-GM_HD float max_keeping_nan(float x, float bound) { return x < bound ? bound : x; }
+
+// The smaller and the larger of x and a bound; NaN stays.
+GM_HD float min_keeping_nan(float x, float bound) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(bound));
+  return y;
+#else
+  return x > bound ? bound : x;
+#endif
+}
+GM_HD float max_keeping_nan(float x, float bound) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(bound));
+  return y;
+#else
+  return x < bound ? bound : x;
+#endif
+}
+
+// Round to nearest even for |x| < 2^22: adding 1.5 2^23 leaves no room for a fraction.
 GM_HD float round_to_integer(float x) { return (x + 12582912.0f) - 12582912.0f; }
+
+// x 2^n for an integer n from -160 to 130, in two steps so that results below the normal range
+// round once. The low bits of n + 1.5 2^23 are those of n: what stands above them, the shifts drop.
 GM_HD float scale_by_power(float x, float n) {
-  const int32_t k = (int32_t)n, half = k >> 1;
-  return x * from_bits((half + 127) << 23) * from_bits((k - half + 127) << 23);
+  const int32_t k = bits(n + 12582912.0f), half = k >> 1;
+  return x * from_bits((half << 23) + 0x3f800000) * from_bits(((k - half) << 23) + 0x3f800000);
 }
 GM_HD float fma(float a, float b, float c) {
 #if defined(__CUDA_ARCH__)
