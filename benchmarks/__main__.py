@@ -12,6 +12,7 @@ Results (a CSV and a picture, named after the machine) go to build/bench, which 
 
 import argparse
 import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -159,9 +160,18 @@ def main() -> int:
         command.error("--out writes whole results files; with --op, build/bench is written")
     if options.device is None:
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.device == "cuda" and not torch.cuda.is_available():
+        command.error("--device cuda: PyTorch sees no GPU here")
     if options.isa and dispatch.extension is None:
         command.error("--isa chooses among our C++ kernels, and the extension is not built")
+    if options.isa and options.isa not in dispatch.extension.available_isas():
+        command.error(f"--isa {options.isa}: this CPU or build has no such kernels")
+    if options.op and set(options.op) - {op.name for op in registry.rows()}:
+        command.error(f"--op must be among {', '.join(op.name for op in registry.rows())}")
     console = Console(width=None if sys.stdout.isatty() else 170)
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if options.device == "cpu" and load > 0.5:
+        console.print(f"other programs use this machine (load {load:.1f}): times will scatter")
     start = time.time()
     session = Session(console)
     session.run(plans(options))

@@ -109,8 +109,8 @@ def row(plan: Plan, op: Op, benchmark: Benchmark) -> Iterator[Record]:
             continue
         extra: dict[str, Any] = {}
         if record.side not in (COMPILED, OURS_COMPILED):
-            call = build(op, small(op, benchmark), plan.device, record.side, sides)
-            extra["host_us"] = timing.host_seconds(call, plan.device) * 1e6
+            side = build(op, small(op, benchmark), plan.device, record.side, sides)
+            extra["host_us"] = timing.host_seconds(side.timed(), plan.device) * 1e6
         if record.side in (EAGER, OURS) or not plan.quick:
             fresh = functools.partial(_side, op.name, benchmark.name, plan.device, record.side)
             peak = probes.peak_memory(fresh, plan.device, plan.regime == "reuse")
@@ -169,7 +169,7 @@ def compare(
     failed: dict[str, str] = {}
     for name, build_side in make.items():
         try:
-            calls[name] = build_side()
+            calls[name] = build_side().timed()
         except Exception as error:
             failed[name] = f"failed: {explained(error)}"
     copy, copied = probes.copy_probe(plan.device)

@@ -262,7 +262,7 @@ def reuse_memory() -> bool:
 
 def is_wide(*tensors: Tensor | None) -> bool:
     """Whether any of the tensors is float64."""
-    for x in tensors:  # a plain loop: this is on the path of every call
+    for x in tensors:  # noqa: SIM110 - a plain loop: this is on the path of every call
         if x is not None and x.dtype is torch.float64:
             return True
     return False

@@ -91,9 +91,11 @@ static inline void close_block(const Result& y, int64_t row, int64_t start, int6
 
 // kLanes counters (d / 4, row, stream) -> the four words of each, as vectors of counters.
 static inline void philox_words(const NoiseKey& key, uint64_t row, uint32_t counter, vu words[4]) {
-  vu64 even = vu64{} + counter, odd;
-  for (int i = 0; i < kLanes / 2; ++i) even[i] += 2 * i;
-  odd = even + 1;
+  static const uint64_t kEven[8] = {0, 2, 4, 6, 8, 10, 12, 14};
+  vu64 even;
+  memcpy(&even, kEven, sizeof(even));
+  even += counter;
+  const vu64 odd = even + 1;
   const uint32_t k0 = (uint32_t)key.seed, k1 = (uint32_t)(key.seed >> 32);
   vu64 e[4] = {even, vu64{} + (uint32_t)row, vu64{} + (row >> 32), vu64{} + key.stream};
   vu64 o[4] = {odd, e[1], e[2], e[3]};

@@ -91,25 +91,40 @@ struct ExpParts {
   F n;       // an integer
 };
 
+// x = n ln 2 + r, |r| <= ln(2) / 2.
 template <class F>
-GM_HD ExpParts<F> exp_parts(F x) {
+struct Reduced {
+  F r, n;
+};
+
+template <class F>
+GM_HD Reduced<F> reduce(F x) {
   x = max_keeping_nan(min_keeping_nan(x, 89.0f), -110.0f);
   const F n = round_to_integer(x * 1.44269504088896341f);
-  F r = fma(n, splat<F>(-kLn2High), x);
-  r = fma(n, splat<F>(-kLn2Low), r);
+  return {fma(n, splat<F>(-kLn2Low), fma(n, splat<F>(-kLn2High), x)), n};
+}
+
+// q(r) of exp(r) = 1 + r + r^2 q(r)
+template <class F>
+GM_HD F exp_polynomial(F r) {
   F q = fma(r, splat<F>(0.001393575919792056f), splat<F>(0.008369090966880322f));
   q = fma(q, r, splat<F>(0.04166645556688309f));
   q = fma(q, r, splat<F>(0.16666516661643982f));
-  q = fma(q, r, splat<F>(0.5f));
-  const F excess = r * r * q;
-  return {r + excess, excess, n};
+  return fma(q, r, splat<F>(0.5f));
+}
+
+template <class F>
+GM_HD ExpParts<F> exp_parts(F x) {
+  const Reduced<F> a = reduce(x);
+  const F excess = a.r * a.r * exp_polynomial(a.r);
+  return {a.r + excess, excess, a.n};
 }
 
 // exp(x); +inf above 88.73, 0 below -104, NaN of NaN.
 template <class F>
 GM_HD F exp(F x) {
-  const ExpParts<F> e = exp_parts(x);
-  return scale_by_power(1.0f + e.tail, e.n);
+  const Reduced<F> a = reduce(x);
+  return scale_by_power(fma(fma(exp_polynomial(a.r), a.r, splat<F>(1.0f)), a.r, splat<F>(1.0f)), a.n);
 }
 
 // exp(x) and exp(x) - 1 - x, the latter to full relative accuracy near 0, from one polynomial.

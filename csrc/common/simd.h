@@ -124,9 +124,13 @@ static inline vf max_keeping_nan(vf x, float bound) {
 }
 
 // Round to nearest even for |x| < 2^22: adding 1.5 2^23 leaves no room for a fraction.
-template <class F>
-static inline F round_to_integer(F x) {
+static inline float round_to_integer(float x) { return (x + 12582912.0f) - 12582912.0f; }
+static inline vf round_to_integer(vf x) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
   return (x + 12582912.0f) - 12582912.0f;
+#endif
 }
 
 // x 2^n for an integer n from -160 to 130; results below the normal range round once.

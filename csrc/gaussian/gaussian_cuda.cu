@@ -1,3 +1,5 @@
+#include <cassert>
+
 #include "common/noise.cuh"
 #include "common/reduce.cuh"
 #include "common/rows.cuh"
@@ -18,18 +20,23 @@ static __device__ __forceinline__ void load_or_zero(const Operand& x, const RowI
   for (int i = 0; i < N; ++i) out[i] = 0.0f;
 }
 
-// z and the KL of a row chunk, by the lanes of a RowGrid. The blocks a multiprocessor must hold are
-// as many as go without spills: unasked, ptxas saves registers by putting off loads.
+// Blocks that a multiprocessor must hold: as many as go without spills. Unasked, ptxas saves more
+// registers than that and puts off loads for it.
+template <class T, bool kPrior>
+constexpr int kForwardBlocks = kWidth<T> == 8 ? 2
+                               : kPrior       ? 3
+                                              : 4;
+template <bool kPrior>
+constexpr int kBackwardBlocks = kPrior ? 2 : 3;
+
+// z and the KL of a row chunk, by the lanes of a RowGrid.
 template <class T, bool kPrior, Eps kEps>
-__global__ void __launch_bounds__(kThreads, kWidth<T> == 8 ? 2
-                                            : kPrior       ? 3
-                                                           : 4)
-    gaussian_forward_kernel(
-        // mean, logvar [B, D]; prior_mean, prior_logvar [B, D] or null, each; eps [B, D] where
-        // given; key or key_ptr where drawn; z [B, D] unless kEps is none; partial [B, chunks],
-        // null if chunks is 1; kl [B], written where partial is null. T is the dtype of all but kl
-        // and partial.
-        const __grid_constant__ GaussianArgs a, const __grid_constant__ RowGrid grid) {
+__global__ void __launch_bounds__(kThreads, kForwardBlocks<T, kPrior>) gaussian_forward_kernel(
+    // mean, logvar [B, D]; prior_mean, prior_logvar [B, D] or null, each; eps [B, D] where
+    // given; key or key_ptr where drawn; z [B, D] unless kEps is none; partial [B, chunks],
+    // null if chunks is 1; kl [B], written where partial is null. T is the dtype of all but kl
+    // and partial.
+    const __grid_constant__ GaussianArgs a, const __grid_constant__ RowGrid grid) {
   constexpr int N = kWidth<T>;
   const NoiseKey key = kEps == Eps::drawn ? read_key(a.key, a.key_ptr) : NoiseKey{};
   for_row_chunks(grid, [&](int64_t row, int64_t chunk, int columns, int lane) {
@@ -86,9 +93,9 @@ __global__ void __launch_bounds__(kThreads) kl_sum_kernel(const float* partial, 
   });
 }
 
-// Gradients of one element a thread and step; kColumns: dkl is [D], one value a column.
+// Gradients, by the lanes of a RowGrid. kColumns: dkl is [D], one value a column.
 template <class T, bool kPrior, Eps kEps, bool kColumns>
-__global__ void __launch_bounds__(kThreads, kPrior ? 2 : 3) gaussian_backward_kernel(
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks<kPrior>) gaussian_backward_kernel(
     // mean, logvar [B, D]; prior_mean, prior_logvar [B, D] or null, each; eps [B, D] where given;
     // key or key_ptr where drawn; dz [B, D] unless kEps is none; dkl [B] or [D], or null, any
     // dtype; dmean, dlogvar, dprior_mean, dprior_logvar, deps [B, D] or null, each.
@@ -141,6 +148,7 @@ __global__ void __launch_bounds__(kThreads, kPrior ? 2 : 3) gaussian_backward_ke
 template <class T, bool kPrior, Eps kEps>
 static void launch_forward(const GaussianArgs& a, const RowGrid& grid, void* stream) {
   const char* op = kEps == Eps::none ? "gaussian_kl" : "reparameterize_kl";
+  assert(grid.chunks == 1 || a.partial);
   launch_rows(op, &gaussian_forward_kernel<T, kPrior, kEps>, grid, stream, a);
   if (grid.chunks > 1) {
     const RowGrid warps{a.rows, grid.chunks, 1, 5, false};
