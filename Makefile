@@ -11,7 +11,9 @@ else
 PY := .venv/bin/python
 endif
 
-SOURCES := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*.cpp csrc/*/*)
+CSRC := $(filter-out %.py,$(wildcard csrc/*.cpp csrc/*/*))
+CLANG_FORMAT := $(if $(wildcard $(dir $(PY))clang-format),$(dir $(PY))clang-format,clang-format)
+SOURCES := setup.py CMakeLists.txt pyproject.toml $(CSRC)
 STAMP := build/.installed-$(shell echo "$(realpath $(PYTHON)) $(PY)" | cksum | cut -d' ' -f1)
 
 help:
@@ -63,12 +65,12 @@ lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(PY) -m clang_format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*/*)
+	$(CLANG_FORMAT) --dry-run --Werror $(CSRC)
 
 format: $(STAMP)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(PY) -m clang_format -i $(wildcard csrc/*.cpp csrc/*/*)
+	$(CLANG_FORMAT) -i $(CSRC)
 
 cuda_check: $(STAMP)
 	$(PY) -m benchmarks.cuda_check

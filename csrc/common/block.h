@@ -106,9 +106,10 @@ static inline void philox_words(const NoiseKey& key, uint64_t row, uint32_t coun
 
 static inline vf as_float(vu words) { return __builtin_convertvector(words, vf); }
 
-// Standard normals at positions [start, start + n) of a row; start is a multiple of 4, n at most kBlock.
-// Writes whole groups of 4 kLanes, up to 4 kLanes - 1 floats past the end. Words first, then normals:
-// two short loops of independent steps keep the core busy where one long chain would wait.
+// Standard normals at positions [start, start + n) of a row; start is a multiple of 4, n at most
+// kBlock. Writes whole groups of 4 kLanes, up to 4 kLanes - 1 floats past the end. Words first,
+// then normals: two short loops of independent steps keep the core busy where one long chain would
+// wait.
 static inline void normals(const NoiseKey& key, int64_t row, int64_t start, int64_t n, float* out) {
   alignas(64) vu words[kBlock / kLanes];
   for (int64_t i = 0; i < n; i += 4 * kLanes)
@@ -123,7 +124,8 @@ static inline void normals(const NoiseKey& key, int64_t row, int64_t start, int6
 }
 
 // Uniforms in (0, 1] likewise.
-static inline void uniforms(const NoiseKey& key, int64_t row, int64_t start, int64_t n, float* out) {
+static inline void uniforms(const NoiseKey& key, int64_t row, int64_t start, int64_t n,
+                            float* out) {
   for (int64_t i = 0; i < n; i += 4 * kLanes) {
     vu w[4];
     philox_words(key, key.offset + (uint64_t)row, (uint32_t)((start + i) / 4), w);

@@ -127,10 +127,10 @@ inline Operand row_operand(const Layout& layout, const char* name, const MaybeTe
   return {x->data_ptr(), x->stride(0), 0, dtype};
 }
 
-// An uninitialised contiguous tensor beside `like`; a failure names the op, the shape and the
+// An uninitialised contiguous tensor on a device; a failure names the op, the shape and the
 // bytes.
-inline Tensor allocate(const char* op, const Tensor& like, const int64_t* sizes, int64_t dim,
-                       ScalarType dtype) {
+inline Tensor allocate_on(const char* op, int32_t type, int32_t device, const int64_t* sizes,
+                          int64_t dim, ScalarType dtype) {
   std::vector<int64_t> strides(dim);
   int64_t bytes = dtype == ScalarType::Float ? 4 : dtype == ScalarType::Double ? 8 : 2;
   for (int64_t i = dim - 1, step = 1; i >= 0; --i) {
@@ -138,12 +138,9 @@ inline Tensor allocate(const char* op, const Tensor& like, const int64_t* sizes,
     step *= sizes[i] > 0 ? sizes[i] : 1;
     bytes *= sizes[i];
   }
-  int32_t type, device, code;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device));
-  code = dtype == ScalarType::Float      ? aoti_torch_dtype_float32()
-         : dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
-                                         : aoti_torch_dtype_float16();
+  const int32_t code = dtype == ScalarType::Float      ? aoti_torch_dtype_float32()
+                       : dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
+                                                       : aoti_torch_dtype_float16();
   AtenTensorHandle handle;
   const auto status =
       aoti_torch_empty_strided(dim, sizes, strides.data(), code, type, device, &handle);
@@ -153,6 +150,14 @@ inline Tensor allocate(const char* op, const Tensor& like, const int64_t* sizes,
     GM_CHECK(false, op, ": could not allocate an output of shape ", text, "), ", bytes, " bytes");
   }
   return Tensor(handle);
+}
+
+inline Tensor allocate(const char* op, const Tensor& like, const int64_t* sizes, int64_t dim,
+                       ScalarType dtype) {
+  int32_t type, device;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device));
+  return allocate_on(op, type, device, sizes, dim, dtype);
 }
 
 inline Tensor allocate_like(const char* op, const Tensor& like) {

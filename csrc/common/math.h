@@ -22,7 +22,7 @@ GM_HD F uniform_from(F word_as_float) {
   return fma(word_as_float, splat<F>(0x1p-32f), splat<F>(0x1p-33f));
 }
 
-constexpr float kLog1p[8] = {-0.07666336745023727f, 0.12789621949195862f, -0.1316087394952774f,
+constexpr float kLog1p[8] = {-0.07666336745023727f, 0.12789621949195862f,  -0.1316087394952774f,
                              0.1419726312160492f,   -0.16622772812843323f, 0.20001448690891266f,
                              -0.2500084638595581f,  0.333333283662796f};
 constexpr float kLn2High = 0.693145751953125f;  // 15 bits: e * kLn2High is exact
@@ -124,7 +124,8 @@ GM_HD ExpParts<F> exp_parts(F x) {
 template <class F>
 GM_HD F exp(F x) {
   const Reduced<F> a = reduce(x);
-  return scale_by_power(fma(fma(exp_polynomial(a.r), a.r, splat<F>(1.0f)), a.r, splat<F>(1.0f)), a.n);
+  return scale_by_power(fma(fma(exp_polynomial(a.r), a.r, splat<F>(1.0f)), a.r, splat<F>(1.0f)),
+                        a.n);
 }
 
 // exp(x) and exp(x) - 1 - x, the latter to full relative accuracy near 0, from one polynomial.

@@ -145,8 +145,8 @@ static inline Softmax softmax(const CategoricalArgs& a, int64_t row, int64_t d) 
   return {top, sum_lanes(sum)};
 }
 
-// Few levels: kLanes positions side by side, one a lane, so that nothing is horizontal. columns[k] holds
-// level k of each position; lanes past count hold zeros.
+// Few levels: kLanes positions side by side, one a lane, so that nothing is horizontal. columns[k]
+// holds level k of each position; lanes past count hold zeros.
 struct SoftmaxGroup {
   static constexpr int64_t kMaxSize = kBlock / kLanes;
   Buffer logits, columns;
@@ -266,7 +266,8 @@ static void categorical_backward(const CategoricalArgs& a, int64_t begin, int64_
   for_chunks(a.columns, begin, end, [&](int64_t, int64_t row, int64_t start, int64_t n) {
     Buffer one;
     const float dnll = *load_block(a.dnll, row, 0, 1, one);
-    few ? few_levels_backward(a, dnll, row, start, n) : many_levels_backward(a, dnll, row, start, n);
+    few ? few_levels_backward(a, dnll, row, start, n)
+        : many_levels_backward(a, dnll, row, start, n);
   });
 }
 

@@ -12,7 +12,7 @@ static Tensor fill(const char* op, Distribution distribution, const Tensor& key,
   const Key k = read_key(op, key, stream);
   const DType out_dtype = float_dtype(op, "dtype", dtype);
   const int64_t sizes[2] = {rows, columns};
-  const Tensor out = torch::stable::empty({sizes, 2}, dtype, std::nullopt, device);
+  const Tensor out = allocate_on(op, (int32_t)device.type(), device.index(), sizes, 2, dtype);
   const Layout layout(op, out);
   if (out.numel() == 0) return out;
   const Result result{out.data_ptr(), columns, out_dtype};
