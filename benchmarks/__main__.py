@@ -127,8 +127,9 @@ class Session:
                 row.append(what)
                 self.records.append(what)
                 continue
-            if kind == "note":
-                self.console.print(what)
+            if kind in ("note", "failed"):
+                self.crashed = self.crashed or kind == "failed"
+                self.console.print(what, style="red" if kind == "failed" else None)
                 continue
             self._print_row(title, plan, row)
             row, title = [], what

@@ -1,7 +1,8 @@
 """Reads GPU assembly: instructions, loops, spills and access widths of kernels. Needs no GPU.
 
 The hot body of a kernel is its innermost loop, or all of it where there is none. Slow paths are
-left out: subroutines behind the last EXIT, and the blocks that call them (roots of subnormals).
+left out: subroutines behind the last EXIT, and the blocks that call them (roots of subnormals,
+divisions of large integers).
 """
 
 import re
@@ -15,16 +16,16 @@ from pathlib import Path
 _SASS = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
 _AMD = re.compile(r"^\s+((?:[vs]|global|flat|ds|buffer|scratch)_\w+)\s*([^;]*)")
 _AMD_WIDTHS = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "short": 16, "byte": 8}
-_ENDS_BLOCK = ("BRA", "BRX", "JMP", "EXIT", "RET", "CALL", "s_cbranch", "s_branch", "s_endpgm")
+_STOPS = ("BRA", "BRX", "JMP", "EXIT", "RET", "s_branch", "s_endpgm", "s_setpc")
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction. `target` is where a branch goes."""
+    """One instruction. `target` is where a branch goes; `conditional`, whether it may go on."""
 
     address: int
     opcode: str
-    predicated: bool = False
+    conditional: bool = False
     target: int | None = None
 
     def is_a(self, *names: str) -> bool:
@@ -46,55 +47,91 @@ class Kernel:
         """Registers stored to local memory and loaded back: instructions that do so."""
         return self.amd_spills or sum(i.is_a("STL", "LDL", "scratch_") for i in self.code)
 
-    def hot(self) -> tuple[Instruction, ...]:
-        """The innermost loop that does most, or the whole kernel, without slow paths."""
-        fast = self._fast()
-        spans = [
-            (i.target, i.address)
-            for i in fast
-            if i.target is not None and i.target < i.address and i.is_a("BRA", "s_cbranch")
-        ]
-        inner = [
-            a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)
-        ]
-        bodies = [tuple(i for i in fast if start <= i.address <= end) for start, end in inner]
-        return max(bodies, key=len, default=fast)
-
     @property
     def loops(self) -> bool:
         """Whether the hot body is a loop."""
-        return len(self.hot()) < len(self._fast())
+        return len(self.hot()) < len(_flat(_Flow(self.code).blocks))
+
+    def hot(self) -> tuple[Instruction, ...]:
+        """The innermost loop that does most, or the whole kernel, without slow paths."""
+        flow = _Flow(self.code)
+        loops = flow.loops()
+        inner = [a for a in loops if not any(b < a for b in loops)]
+        bodies = [_flat([flow.blocks[n] for n in sorted(body)]) for body in inner]
+        return max(bodies, key=len, default=_flat(flow.blocks))
 
     def widths(self, kind: str) -> tuple[int, ...]:
         """Bits of each global access of the hot body; kind is "load" or "store"."""
         return tuple(w for i in self.hot() if (w := _width(i.opcode, kind)))
 
-    def _fast(self) -> tuple[Instruction, ...]:
-        ends = [n for n, i in enumerate(self.code) if i.is_a("EXIT", "s_endpgm")]
-        reachable = self.code[: ends[-1] + 1] if ends else self.code
-        kept: list[Instruction] = []
+
+Block = tuple[Instruction, ...]
+
+
+def _flat(blocks: list[Block]) -> Block:
+    return tuple(i for block in blocks for i in block if not i.is_a("NOP", "s_nop"))
+
+
+class _Flow:
+    """Basic blocks of a kernel up to its last EXIT, without slow paths, and who follows whom."""
+
+    def __init__(self, code: tuple[Instruction, ...]) -> None:
+        ends = [n for n, i in enumerate(code) if i.is_a("EXIT", "s_endpgm")]
+        code = code[: ends[-1] + 1] if ends else code
+        targets = {i.target for i in code}
+        self.blocks: list[Block] = []
         after_call = False
-        for block in _blocks(reachable):
-            calls = any(i.is_a("CALL") for i in block)
-            if not calls and not after_call:
-                kept += block
+        for block in _blocks(code, targets):
+            calls = any(i.is_a("CALL") and (i.target or 0) > code[-1].address for i in block)
+            returns = after_call and block[0].address not in targets
             after_call = calls
-        return tuple(i for i in kept if not i.is_a("NOP", "s_nop"))
+            if not calls and not returns:
+                self.blocks.append(block)
+        at = {block[0].address: n for n, block in enumerate(self.blocks)}
+        self.next: list[set[int]] = []
+        for n, block in enumerate(self.blocks):
+            last = block[-1]
+            found = {at[last.target]} if last.target in at else set()
+            if (last.conditional or not last.is_a(*_STOPS)) and n + 1 < len(self.blocks):
+                found.add(n + 1)
+            self.next.append(found)
+
+    def reach(self, start: int, without: int | None, edges: list[set[int]]) -> set[int]:
+        """Blocks that a path from `start` comes to, if it may not enter one."""
+        found, waiting = {start} - {without}, [start] if start != without else []
+        while waiting:
+            new = edges[waiting.pop()] - found - {without}
+            found |= new
+            waiting += new
+        return found
+
+    def loops(self) -> list[frozenset[int]]:
+        """The blocks of each loop: an edge back to a block without which there is no way to it."""
+        before: list[set[int]] = [set() for _ in self.blocks]
+        for n, following in enumerate(self.next):
+            for m in following:
+                before[m].add(n)
+        bodies: dict[int, set[int]] = {}
+        for n, following in enumerate(self.next):
+            for head in following:
+                if n == head or n not in self.reach(0, head, self.next):
+                    body = {head} | self.reach(n, head, before)
+                    bodies[head] = bodies.get(head, set()) | body
+        return [frozenset(body) for body in bodies.values()]
 
 
-def _blocks(code: tuple[Instruction, ...]) -> Iterator[list[Instruction]]:
-    targets = {i.target for i in code}
+def _blocks(code: tuple[Instruction, ...], targets: set[int | None]) -> Iterator[Block]:
     block: list[Instruction] = []
     for i in code:
         if block and i.address in targets:
-            yield block
+            yield tuple(block)
             block = []
         block.append(i)
-        if i.is_a(*_ENDS_BLOCK):
-            yield block
+        if i.is_a(*_STOPS, "CALL", "s_cbranch"):
+            yield tuple(block)
             block = []
     if block:
-        yield block
+        yield tuple(block)
 
 
 def _width(opcode: str, kind: str) -> int:
@@ -153,7 +190,8 @@ def parse_sass(sass: str, usage: str) -> list[Kernel]:
             goes = opcode.startswith(("BRA", "CALL"))
             target = re.search(r"\b0x([0-9a-f]+)\s*$", operands) if goes else None
             where = int(target.group(1), 16) if target else None
-            code.append(Instruction(int(address, 16), opcode, bool(predicate), where))
+            conditional = bool(predicate) or opcode.startswith(("BRA.U", "BRA.DIV"))
+            code.append(Instruction(int(address, 16), opcode, conditional, where))
         kernels.append(Kernel(name, tuple(code), *resources.get(name, (0, 0))))
     return kernels
 
@@ -168,7 +206,7 @@ def parse_amdgcn(text: str) -> Kernel:
         elif instruction := _AMD.match(line):
             lines.append((instruction.group(1), instruction.group(2).strip()))
     code = tuple(
-        Instruction(n, opcode, False, labels.get(operands) if "branch" in opcode else None)
+        Instruction(n, opcode, opcode.startswith("s_cbranch"), labels.get(operands))
         for n, (opcode, operands) in enumerate(lines)
     )
 

@@ -128,7 +128,7 @@ def elements_a_trip(launch: Any, kernel: static_asm.Kernel, lanes: int) -> float
     tensors = big_tensors(launch)
     expected = share * sum(t.element_size() for t in tensors)
     moved = sum(kernel.widths("load") + kernel.widths("store")) / 8
-    return share * max(1, round(moved / expected))
+    return share * max(1, int(moved / expected + 0.01))
 
 
 def big_tensors(launch: Any) -> list[torch.Tensor]:

@@ -48,7 +48,8 @@ class Plan:
         return 0.1 if self.quick else 0.25
 
 
-Send = Callable[[str, Any], None]  # ("start" | "record" | "left out" | "note", what)
+# ("start" | "left out", title), ("record", Record), ("note" | "failed", text), ("end", None)
+Send = Callable[[str, Any], None]
 
 
 def run(plan: Plan, connection: Any) -> None:
@@ -77,8 +78,11 @@ def measure(plan: Plan, title: str, records: Iterator[Record], send: Send) -> No
         return
     send("start", title)
     torch.compiler.reset()
-    for record in records:
-        send("record", record)
+    try:
+        for record in records:
+            send("record", record)
+    except Exception as error:
+        send("failed", f"{title}: {explained(error)}")
 
 
 def row(plan: Plan, op: Op, benchmark: Benchmark) -> Iterator[Record]:

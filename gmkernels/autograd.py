@@ -248,7 +248,7 @@ def _make_forward_function(op: DifferentiableOp) -> type[torch.autograd.Function
 def _make_backward_function(op: DifferentiableOp) -> type[torch.autograd.Function]:
     class Backward(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, backend: str, needs: int, *args: Any) -> Any:  # type: ignore[override]
+        def forward(ctx: Any, backend: str, needs: int, *args: Any) -> Any:  # type: ignore
             ctx.set_materialize_grads(False)
             ctx.needs = needs
             _save(ctx, args)

@@ -51,8 +51,9 @@ def key(seed: int | Tensor, offset: int = 0) -> Tensor:
         return _pair(seed, offset)
     if isinstance(offset, bool) or not isinstance(offset, (int, torch.SymInt)):
         raise TypeError(f"key: offset must be an int, got {type(offset).__name__}")
-    if not 0 <= offset < _HALF:
-        raise ValueError(f"key: offset must be >= 0 and below 2^63, got {offset}")
+    if offset < 0 or offset >= _HALF:
+        bound = ">= 0" if offset < 0 else "below 2^63"
+        raise ValueError(f"key: offset must be {bound}, got {offset}")
     if isinstance(seed, Tensor):
         if seed.is_floating_point() or seed.is_complex() or seed.dtype == torch.bool:
             raise TypeError(f"key: a seed tensor must hold integers, got {seed.dtype}")

@@ -7,7 +7,7 @@ import io
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -252,9 +252,16 @@ tiny:
 	s_load_dwordx2 s[2:3], s[0:1], 0x0
 .LBB0_1:
 	global_load_dwordx4 v[0:3], v4, s[2:3]
+	s_cbranch_execz .LBB0_1
+.LBB0_2:
 	v_add_f32_e32 v0, v0, v1
 	global_store_short v4, v0, s[2:3]
+	s_cbranch_vccnz .LBB0_3
 	s_cbranch_scc1 .LBB0_1
+	s_endpgm
+.LBB0_3:
+	v_mov_b32_e32 v0, v1
+	s_branch .LBB0_1
 	s_endpgm
     .vgpr_count:     17
     .vgpr_spill_count: 3
@@ -277,8 +284,30 @@ def test_sass_is_read() -> None:
 def test_amd_assembly_is_read() -> None:
     kernel = static_asm.parse_amdgcn(AMD)
     assert (kernel.name, kernel.registers, kernel.spills) == ("tiny", 17, 3)
-    assert len(kernel.hot()) == 4
+    # One loop of four blocks: the jump to its head from the middle is not a loop of its own.
+    assert [i.opcode for i in kernel.hot()][-2:] == ["v_mov_b32_e32", "s_branch"]
+    assert len(kernel.hot()) == 8
     assert (kernel.widths("load"), kernel.widths("store")) == ((128,), (16,))
+
+
+def test_a_jump_back_into_straight_code_is_no_loop() -> None:
+    jumps = SASS.replace("@P0 BRA 0x60", "BRA 0xb0").replace("STL [R1], R8", "BRA 0x60")
+    skips = jumps.replace("@!P1 BRA 0x60", "@!P1 BRA 0xa0")
+    (kernel,) = static_asm.parse_sass(skips, USAGE)
+    assert not kernel.loops
+
+
+def test_a_failing_row_does_not_stop_the_others() -> None:
+    def broken() -> Iterator[Record]:
+        raise RuntimeError("out of memory")
+        yield
+
+    sent: list[tuple[str, Any]] = []
+    worker.measure(plan(), "row", broken(), lambda kind, what: sent.append((kind, what)))
+    assert sent == [("start", "row"), ("failed", "row: RuntimeError: out of memory")]
+    sent.clear()
+    worker.measure(plan(deadline=0.0), "row", broken(), lambda *message: sent.append(message))
+    assert sent == [("left out", "row")]
 
 
 def test_static_report(tmp_path: Path) -> None:
