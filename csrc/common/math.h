@@ -22,9 +22,13 @@ GM_HD F uniform_from(F word_as_float) {
   return fma(word_as_float, splat<F>(0x1p-32f), splat<F>(0x1p-33f));
 }
 
-constexpr float kLog1p[8] = {-0.07666336745023727f, 0.12789621949195862f,  -0.1316087394952774f,
-                             0.1419726312160492f,   -0.16622772812843323f, 0.20001448690891266f,
-                             -0.2500084638595581f,  0.333333283662796f};
+// A function, since CUDA cannot index a constant array of the namespace.
+GM_HD constexpr float log1p_coefficient(int i) {
+  constexpr float c[8] = {-0.07666336745023727f, 0.12789621949195862f,  -0.1316087394952774f,
+                          0.1419726312160492f,   -0.16622772812843323f, 0.20001448690891266f,
+                          -0.2500084638595581f,  0.333333283662796f};
+  return c[i];
+}
 constexpr float kLn2High = 0.693145751953125f;  // 15 bits: e * kLn2High is exact
 constexpr float kLn2Low = 1.42860676533018518e-06f;
 
@@ -35,8 +39,8 @@ GM_HD F minus_two_ln(F u) {
   const int_of<F> e = (bits(u) - 0x3f3504f3) & -0x800000;
   const F f = from_bits(bits(u) - e) - 1.0f;
   const F k = to_float(e);
-  F p = f * (-2.0f * kLog1p[0]) + -2.0f * kLog1p[1];
-  for (int i = 2; i < 8; ++i) p = p * f + -2.0f * kLog1p[i];
+  F p = f * (-2.0f * log1p_coefficient(0)) + -2.0f * log1p_coefficient(1);
+  for (int i = 2; i < 8; ++i) p = p * f + -2.0f * log1p_coefficient(i);
   const F tail = k * (-2.0f * kLn2Low * 0x1p-23f) + f * f * (p * f + 1.0f);
   return fma(k, splat<F>(-2.0f * kLn2High * 0x1p-23f), fma(f, splat<F>(-2.0f), tail));
 }
@@ -78,8 +82,8 @@ GM_HD void normal_pair(F word0, F word1, F& n0, F& n1) {
 // log1p(f) = f - f^2/2 + f^3 P(f) on [sqrt(1/2) - 1, sqrt(2) - 1]
 template <class F>
 GM_HD F log1p_polynomial(F f) {
-  F p = splat<F>(kLog1p[0]);
-  for (int i = 1; i < 8; ++i) p = fma(p, f, splat<F>(kLog1p[i]));
+  F p = splat<F>(log1p_coefficient(0));
+  for (int i = 1; i < 8; ++i) p = fma(p, f, splat<F>(log1p_coefficient(i)));
   return p;
 }
 

@@ -41,10 +41,16 @@ static void read_noise(const Layout& layout, const MaybeTensor& eps, const Maybe
   a.key_ptr = k.device;
 }
 
-static void run_forward(const Layout& layout, GaussianArgs& a) {
+static void run_forward(const Layout& layout, const Tensor& mean, GaussianArgs& a) {
   if (layout.is_cuda) {
 #if defined(GM_CUDA)
     CudaScope scope(layout.device);
+    const int64_t sizes[2] = {layout.rows, chunks_of(layout.columns)};
+    MaybeTensor partial;  // freed after the launch: the allocator reuses it in stream order
+    if (sizes[1] > 1) {
+      partial = allocate(layout.op, mean, sizes, 2, ScalarType::Float);
+      a.partial = (float*)partial->data_ptr();
+    }
     gaussian_forward_cuda(a, scope.stream());
 #endif
     return;
@@ -65,7 +71,7 @@ static Two reparameterize_kl_forward(const Tensor& mean, const Tensor& logvar,
   const Tensor z = allocate_like(layout.op, mean), kl = allocate_rows(layout, mean);
   a.z = result(layout.op, z, layout.columns);
   a.kl = (float*)kl.data_ptr();
-  run_forward(layout, a);
+  run_forward(layout, mean, a);
   return {z, kl};
 }
 
@@ -76,7 +82,7 @@ static Tensor gaussian_kl_forward(const Tensor& mean, const Tensor& logvar,
   GaussianArgs a = read_args(layout, mean, logvar, prior_mean, prior_logvar, low, high);
   const Tensor kl = allocate_rows(layout, mean);
   a.kl = (float*)kl.data_ptr();
-  run_forward(layout, a);
+  run_forward(layout, mean, a);
   return kl;
 }
 

@@ -18,8 +18,9 @@ struct GaussianArgs {
   float low, high;  // logvar is clamped to [low, high]
   int64_t rows, columns;
   // Forward.
-  Result z;             // null for gaussian_kl
-  float* kl = nullptr;  // [B], nats; written by CUDA, on the CPU by sum_rows() from the sums
+  Result z;                  // null for gaussian_kl
+  float* kl = nullptr;       // [B], nats; written by CUDA, on the CPU by sum_rows() from the sums
+  float* partial = nullptr;  // CUDA: [B, chunks] scratch where a row has more than one chunk
   // Backward. dkl is one value a row (stride 0), or one a column (row_stride 0) for the means over
   // B.
   Operand dz, dkl;
