@@ -10,38 +10,37 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 
+def replace(source: Path, target: Path) -> None:
+    # Copies beside and renames: a process that has the old file loaded keeps it.
+    beside = target.with_name(target.name + ".new")
+    shutil.copy2(source, beside)
+    os.replace(beside, target)
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        if not any(
-            map(shutil.which, filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")))
-        ):
-            print(
-                "gmkernels: no C++ compiler found, installing without native kernels",
-                file=sys.stderr,
-            )
+        compilers = (os.environ.get("CXX"), "c++", "g++", "clang++")
+        if not any(shutil.which(name) for name in compilers if name):
+            print("gmkernels: no C++ compiler, installing without native kernels", file=sys.stderr)
             return
         import pybind11
 
         source = Path(__file__).resolve().parent
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = (
-            source / "build" / f"cmake-{sys.implementation.cache_tag}"
-        )  # kept: rebuilds are incremental
+        # Kept between installs, so that rebuilds are incremental.
+        build = source / "build" / f"cmake-{sys.implementation.cache_tag}"
         build.mkdir(parents=True, exist_ok=True)
         generator = ["-GNinja"] if shutil.which("ninja") else []
-        configure = [
-            "cmake",
-            *generator,
-            f"-S{source}",
-            f"-B{build}",
-            f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            f"-DGM_VERSION={self.distribution.get_version()}",
-        ]
-        subprocess.run(configure, check=True)
+        options = {
+            "Python_EXECUTABLE": sys.executable,
+            "pybind11_DIR": pybind11.get_cmake_dir(),
+            "GM_VERSION": self.distribution.get_version(),
+        }
+        defines = [f"-D{name}={value}" for name, value in options.items()]
+        subprocess.run(["cmake", *generator, f"-S{source}", f"-B{build}", *defines], check=True)
         subprocess.run(["cmake", "--build", str(build), "--target", "_C", "--parallel"], check=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(build / target.name, target)
+        replace(build / target.name, target)
 
     def get_outputs(self) -> list[str]:
         return [path for path in super().get_outputs() if os.path.exists(path)]
@@ -52,7 +51,7 @@ class CMakeBuild(build_ext):
             built = Path(self.build_lib) / self.get_ext_filename(self.get_ext_fullname(ext.name))
             if built.exists():
                 package = self.get_finalized_command("build_py").get_package_dir("gmkernels")
-                shutil.copy2(built, Path(package) / built.name)
+                replace(built, Path(package) / built.name)
 
 
 setup(ext_modules=[Extension("gmkernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

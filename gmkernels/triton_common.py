@@ -19,6 +19,18 @@ CHUNK = 8192  # columns of a row that one program sums
 
 _LN = tl.constexpr(noise_reference._LN)
 _SIN = tl.constexpr(noise_reference._SIN)
+_LOG1P = tl.constexpr(
+    (
+        -0.07666336745023727,
+        0.12789621949195862,
+        -0.1316087394952774,
+        0.1419726312160492,
+        -0.16622772812843323,
+        0.20001448690891266,
+        -0.2500084638595581,
+        0.333333283662796,
+    )
+)
 _COS = tl.constexpr(noise_reference._COS)
 # NVIDIA's own sequence for sqrt.rn in range. The interpreter has no fma, AMD another rsqrt.
 BRANCHLESS_ROOT = tl.constexpr(not INTERPRETED and torch.version.hip is None)
@@ -125,18 +137,16 @@ def radius(word):
     f = (i - e).to(tl.float32, bitcast=True) - 1.0
     k = e.to(tl.float32)
     p = f * (-2 * _LN[0]) + -2 * _LN[1]
-    for j in tl.static_range(2, 8):
+    for j in tl.static_range(2, 6):
         p = p * f + -2 * _LN[j]
-    tail = k * (-2 * 1.42860676533018518e-06 / 8388608) + f * f * (p * f + 1.0)
+    tail = tl.fma(k, -2 * 1.428605173714459e-06 / 8388608, f * f * (p * f + 1.0))
     return sqrt_ieee(tl.fma(k, -2 * 0.693145751953125 / 8388608, tl.fma(f, -2.0, tail)))
 
 
 @triton.jit
 def sincos_turns(word):
-    """sin and cos of 2 pi u(word); 4 u = k + f, |f| <= 1/2."""
-    turns = tl.fma(word.to(tl.float32), 9.313225746154785e-10, 4.656612873077393e-10)
-    k = (turns + 0.5).to(tl.int32)
-    f = turns - k.to(tl.float32)
+    """sin and cos of 2 pi word 2^-32; 4 word 2^-32 = k + f, |f| <= 1/2, k from the word itself."""
+    f = (word << 2).to(tl.int32, bitcast=True).to(tl.float32) * 2.3283064365386963e-10
     f2 = f * f
     s = f2 * _SIN[0] + _SIN[1]
     s = s * f2 + _SIN[2]
@@ -144,11 +154,12 @@ def sincos_turns(word):
     s = s * f
     c = f2 * _COS[0] + _COS[1]
     c = c * f2 + _COS[2]
-    c = c * f2 + _COS[3]
     c = c * f2 + 1.0
-    odd = (k & 1) == 1
-    first = tl.where(odd, s, c).to(tl.int32, bitcast=True) ^ (((k + 1) & 2) << 30)
-    second = tl.where(odd, c, s).to(tl.int32, bitcast=True) ^ ((k & 2) << 30)
+    sine_bits = word + 0x20000000  # bit 30: odd k, which swaps; bit 31: the sign
+    odd = (sine_bits & 0x40000000) != 0
+    cosine_bits = word + 0x60000000
+    first = tl.where(odd, s, c).to(tl.uint32, bitcast=True) ^ (cosine_bits & 0x80000000)
+    second = tl.where(odd, c, s).to(tl.uint32, bitcast=True) ^ (sine_bits & 0x80000000)
     return second.to(tl.float32, bitcast=True), first.to(tl.float32, bitcast=True)
 
 
@@ -242,9 +253,9 @@ def log1p_unit(t):
     """log1p(t) for t in [0, 1]."""
     upper = t > 0.41421356
     f = tl.where(upper, t * 0.5 - 0.5, t)
-    p = f * _LN[0] + _LN[1]
+    p = f * _LOG1P[0] + _LOG1P[1]
     for j in tl.static_range(2, 8):
-        p = p * f + _LN[j]
+        p = p * f + _LOG1P[j]
     tail = f * f * (p * f - 0.5)
     return tl.where(upper, (f + (tail + 1.42860676533018518e-06)) + 0.693145751953125, f + tail)
 

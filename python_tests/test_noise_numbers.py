@@ -56,7 +56,7 @@ def test_functions_in_ulp(name: str, isas: list[str]) -> None:
 
 
 def test_sincospi(isas: list[str]) -> None:
-    """Within 7e-8 of exact; largest seen: 6.961e-8 over every other float32 of [2^-9, 2]."""
+    """Within 1e-7 of exact; largest seen: 9.64e-8 over 2e7 values of [2^-9, 2]."""
     x = np.r_[floats(TINY, 2, 10**6), floats(0.125, 2, 10**6)]
     quarter = np.round(2 * x.astype(np.float64))
     angle = np.pi * (x - quarter / 2)  # the difference is exact
@@ -69,7 +69,7 @@ def test_sincospi(isas: list[str]) -> None:
     for isa in isas:
         with gmkernels.use_isa(isa):
             for got, truth in zip(extension.sincospi(x), exact, strict=True):
-                assert np.abs(got - truth).max() <= 7e-8, isa
+                assert np.abs(got - truth).max() <= 1e-7, isa
 
 
 INF, NAN = np.inf, np.nan
@@ -108,24 +108,24 @@ def test_sqrt_detour_is_correctly_rounded() -> None:
 
 
 def box_muller(words: Tensor) -> tuple[Tensor, Tensor]:
-    """The pairs of words [n, 2] through Box-Muller in float64, from their float32 uniforms."""
+    """Pairs of words [n, 2] through Box-Muller in float64: float32 uniform, exact angle."""
     u = reference.uniform_from(words).double()
     radius = (-2 * u[:, 0].log()).sqrt()
-    turn = 2 * torch.pi * u[:, 1]
+    turn = 2 * torch.pi * words[:, 1].double() * 2.0**-32
     return radius * turn.cos(), radius * turn.sin()
 
 
 def test_normals_against_float64(isas: list[str]) -> None:
-    """Within 2e-7 (1 + |n|) of Box and Muller in float64 on the same float32 uniforms.
+    """Within 2.1e-7 (1 + |n|) of Box and Muller in float64: float32 uniform, exact angle.
 
-    Largest seen: 1.64e-7 over 4.2e8 normals, 1.2e8 of them with w0 spread over its logarithm.
+    Largest seen: 1.93e-7 over 8.4e7 normals, a quarter of them with w0 spread over its logarithm.
     """
     generator = torch.Generator().manual_seed(1)
     words = torch.randint(2**32, (2**19, 2), generator=generator)
     words[::4, 0] >>= torch.randint(32, (2**17,), generator=generator)  # the tail
     words[1::4, 0] |= 0xFFFF0000  # u near 1, where ln u is near 0
     exact = torch.stack(box_muller(words), dim=1)
-    bound = 2e-7 * (1 + exact.abs())
+    bound = 2.1e-7 * (1 + exact.abs())
     assert ((reference.normal_from(words) - exact).abs() <= bound).all()
     for isa in isas:
         with gmkernels.use_isa(isa):

@@ -59,7 +59,7 @@ def normal_kernel(out_ptr, words_ptr, N: tl.constexpr):
 def sqrt_kernel(out_ptr, x_ptr, N: tl.constexpr):
     # One program a block of N elements.
     i = tl.program_id(0) * N + tl.arange(0, N)
-    tl.store(out_ptr + i, tl.sqrt_rn(tl.load(x_ptr + i)))
+    tl.store(out_ptr + i, triton_common.sqrt_ieee(tl.load(x_ptr + i)))
 
 
 @pytest.mark.parametrize("vector", GOLDEN["philox"])

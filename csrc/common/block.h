@@ -104,8 +104,6 @@ static inline void philox_words(const NoiseKey& key, uint64_t row, uint32_t coun
   for (int j = 0; j < 4; ++j) words[j] = interleave_words(e[j], o[j]);
 }
 
-static inline vf as_float(vu words) { return __builtin_convertvector(words, vf); }
-
 // Standard normals at positions [start, start + n) of a row; start is a multiple of 4, n at most
 // kBlock. Writes whole groups of 4 kLanes, up to 4 kLanes - 1 floats past the end. Words first,
 // then normals: two short loops of independent steps keep the core busy where one long chain would
@@ -117,8 +115,8 @@ static inline void normals(const NoiseKey& key, int64_t row, int64_t start, int6
   for (int64_t i = 0; i < n; i += 4 * kLanes) {
     const vu* w = words + i / kLanes;
     vf n0, n1, n2, n3;
-    normal_pair(as_float(w[0]), as_float(w[1]), n0, n1);
-    normal_pair(as_float(w[2]), as_float(w[3]), n2, n3);
+    normal_pair(w[0], w[1], n0, n1);
+    normal_pair(w[2], w[3], n2, n3);
     store_transposed4(out + i, n0, n1, n2, n3);
   }
 }
@@ -129,8 +127,8 @@ static inline void uniforms(const NoiseKey& key, int64_t row, int64_t start, int
   for (int64_t i = 0; i < n; i += 4 * kLanes) {
     vu w[4];
     philox_words(key, key.offset + (uint64_t)row, (uint32_t)((start + i) / 4), w);
-    store_transposed4(out + i, uniform_from(as_float(w[0])), uniform_from(as_float(w[1])),
-                      uniform_from(as_float(w[2])), uniform_from(as_float(w[3])));
+    store_transposed4(out + i, uniform_from(to_float(w[0])), uniform_from(to_float(w[1])),
+                      uniform_from(to_float(w[2])), uniform_from(to_float(w[3])));
   }
 }
 

@@ -60,7 +60,9 @@ def cosine(s: np.ndarray) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    print("_LN =", fit(ln_tail, math.sqrt(0.5) - 1, math.sqrt(2) - 1, degree=7, power=2))
+    unit = (math.sqrt(0.5) - 1, math.sqrt(2) - 1)
+    print("_LN =", fit(ln_tail, *unit, degree=5, power=2))
+    print("_LOG1P =", fit(ln_tail, *unit, degree=7, power=2))
     print("_EXP =", fit(exp_tail, -0.3466, 0.3466, degree=4, power=2))
     print("_SIN =", fit(sine, 1e-12, 0.25, degree=3, power=0))
-    print("_COS =", fit(cosine, 1e-12, 0.25, degree=3, power=1))
+    print("_COS =", fit(cosine, 1e-12, 0.25, degree=2, power=1))

@@ -32,6 +32,15 @@ GM_HD constexpr float log1p_coefficient(int i) {
 constexpr float kLn2High = 0.693145751953125f;  // 15 bits: e * kLn2High is exact
 constexpr float kLn2Low = 1.42860676533018518e-06f;
 
+// The same polynomial for the noise, shorter; and ln 2's low part in 18 bits: k times it is exact.
+GM_HD constexpr float ln_coefficient(int i) {
+  constexpr float kCoefficients[6] = {-0.10470021516084671f, 0.16173018515110016f,
+                                      -0.17108885943889618f, 0.19904570281505585f,
+                                      -0.24983768165111542f, 0.3333487808704376f};
+  return kCoefficients[i];
+}
+constexpr float kLn2LowNoise = 1.428605173714459e-06f;
+
 // -2 ln u for u in (0, 1], u normal; u = 2^e (1 + f), k = 2^23 e. Fixed order, nothing rounded that
 // the reference does not round.
 template <class F>
@@ -39,40 +48,39 @@ GM_HD F minus_two_ln(F u) {
   const int_of<F> e = (bits(u) - 0x3f3504f3) & -0x800000;
   const F f = from_bits(bits(u) - e) - 1.0f;
   const F k = to_float(e);
-  F p = f * (-2.0f * log1p_coefficient(0)) + -2.0f * log1p_coefficient(1);
-  for (int i = 2; i < 8; ++i) p = p * f + -2.0f * log1p_coefficient(i);
-  const F tail = k * (-2.0f * kLn2Low * 0x1p-23f) + f * f * (p * f + 1.0f);
+  F p = f * (-2.0f * ln_coefficient(0)) + -2.0f * ln_coefficient(1);
+  for (int i = 2; i < 6; ++i) p = p * f + -2.0f * ln_coefficient(i);
+  const F tail = fma(k, splat<F>(-2.0f * kLn2LowNoise * 0x1p-23f), f * f * (p * f + 1.0f));
   return fma(k, splat<F>(-2.0f * kLn2High * 0x1p-23f), fma(f, splat<F>(-2.0f), tail));
 }
 
-// cos and sin of 2 pi u(word); 4 u = k + f, |f| <= 1/2. Fixed order, no contraction.
-template <class F>
-GM_HD void sincos_turns(F word_as_float, F& sine, F& cosine) {
+// cos and sin of 2 pi w 2^-32; 4 w 2^-32 = k + f, |f| <= 1/2, k from the word's own bits. Fixed
+// order, no contraction.
+template <class F, class U>
+GM_HD void sincos_turns(U word, F& sine, F& cosine) {
   using I = int_of<F>;
-  const F turns = fma(word_as_float, splat<F>(0x1p-30f), splat<F>(0x1p-31f));
-  const I k = to_int(turns + 0.5f);
-  const F f = turns - to_float(k);
+  const F f = to_float((I)(word << 2)) * 0x1p-32f;
   const F f2 = f * f;
   F s = f2 * -0.004630818497389555f + 0.07969274371862411f;
   s = s * f2 + -0.645965039730072f;
   s = s * f2 + 1.5707963705062866f;
   s = s * f;
-  F c = f2 * 0.000896678538993001f + -0.020856503397226334f;
-  c = c * f2 + 0.2536686360836029f;
-  c = c * f2 + -1.2337005138397217f;
+  F c = f2 * -0.020424289628863335f + 0.2536056339740753f;
+  c = c * f2 + -1.2336978912353516f;
   c = c * f2 + 1.0f;
-  // Quarter turns: odd k swaps, then the signs of the four quadrants.
-  const I swap = -(k & 1);
+  // Bit 30 of k 2^30: an odd quarter swaps. Bit 31: the sign.
+  const U quarter = word + 0x20000000u;
+  const I swap = (I)(quarter << 1) >> 31;
   const I first = (bits(c) & ~swap) | (bits(s) & swap);
   const I second = (bits(s) & ~swap) | (bits(c) & swap);
-  cosine = from_bits(first ^ (((k + 1) << 30) & (I{} + INT32_MIN)));
-  sine = from_bits(second ^ ((k << 30) & (I{} + INT32_MIN)));
+  cosine = from_bits(first ^ (I)((quarter + 0x40000000u) & 0x80000000u));
+  sine = from_bits(second ^ (I)(quarter & 0x80000000u));
 }
 
-// Two words, as float32, to two standard normals (Box and Muller 1958).
-template <class F>
-GM_HD void normal_pair(F word0, F word1, F& n0, F& n1) {
-  const F r = sqrt_ieee(minus_two_ln(uniform_from(word0)));
+// Two words to two standard normals (Box and Muller 1958).
+template <class F, class U>
+GM_HD void normal_pair(U word0, U word1, F& n0, F& n1) {
+  const F r = sqrt_ieee(minus_two_ln(uniform_from(to_float(word0))));
   F s, c;
   sincos_turns(word1, s, c);
   n0 = r * c;

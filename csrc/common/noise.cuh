@@ -38,7 +38,7 @@ static __device__ __forceinline__ void normals(const NoiseKey& key, int64_t row,
   noise_words(key, row, d4, words);
 #pragma unroll
   for (int i = 0; i < N; i += 2) {
-    normal_pair((float)words[i], (float)words[i + 1], x[i], x[i + 1]);
+    normal_pair(words[i], words[i + 1], x[i], x[i + 1]);
   }
 }
 

@@ -36,6 +36,7 @@ GM_HD float from_bits(int32_t i) {
 #endif
 }
 GM_HD int32_t to_int(float x) { return (int32_t)x; }
+GM_HD float to_float(uint32_t i) { return (float)i; }
 GM_HD float to_float(int32_t i) { return (float)i; }
 template <class F>
 GM_HD F splat(float x) {

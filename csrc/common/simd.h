@@ -62,6 +62,8 @@ static inline vf from_bits(vi i) { return (vf)i; }
 static inline int32_t to_int(float x) { return (int32_t)x; }
 static inline vi to_int(vf x) { return __builtin_convertvector(x, vi); }
 static inline float to_float(int32_t i) { return (float)i; }
+static inline float to_float(uint32_t i) { return (float)i; }
+static inline vf to_float(vu i) { return __builtin_convertvector(i, vf); }
 static inline vf to_float(vi i) { return __builtin_convertvector(i, vf); }
 
 template <class F>

@@ -37,6 +37,7 @@ static void read_noise(const Layout& layout, const MaybeTensor& eps, const Maybe
   }
   const Key k = read_key(layout.op, *key, 0);
   GM_CHECK(layout.is_cuda || !k.device, layout.op, ": the key must be on the CPU for CPU tensors");
+  if (k.device) layout.check_device("key", *key);
   a.key = k.host;
   a.key_ptr = k.device;
 }

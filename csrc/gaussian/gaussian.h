@@ -86,7 +86,7 @@ struct GaussianGradients {
 };
 
 // logvar is the raw one: outside [low, high] its gradient is 0.
-template <bool kPrior, class F>
+template <bool kPrior, bool kSample, class F>
 GM_HD GaussianGradients<F> gaussian_gradients(F m, F logvar, F prior_m, F prior_l, F eps, F dz,
                                               F dkl, float low, float high) {
   const F l = clamp(logvar, low, high);
@@ -109,8 +109,13 @@ GM_HD GaussianGradients<F> gaussian_gradients(F m, F logvar, F prior_m, F prior_
     g.dmean = fma(dkl, m, dz);
     g.dprior_mean = g.dprior_logvar = zero;
   }
-  g.deps = dz * sigma;
-  const F dl = fma(g.deps, eps, dkl * expm1) * 0.5f;
+  F dl = dkl * expm1;
+  g.deps = zero;
+  if constexpr (kSample) {  // else an infinite sigma must not meet dz = 0
+    g.deps = dz * sigma;
+    dl = fma(g.deps, eps, dl);
+  }
+  dl = dl * 0.5f;
   g.dlogvar = select(logvar < low, zero, select(logvar > high, zero, dl));
   return g;
 }

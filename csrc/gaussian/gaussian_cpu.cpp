@@ -71,7 +71,7 @@ static void backward_block(const GaussianArgs& a, int64_t row, int64_t at, int64
   for (int j = 0; j < 5; ++j) out[j] = open_block(*results[j], row, at, buffers[7 + j]);
   for_vectors(n, [&](auto lane, int64_t i) {
     using F = decltype(lane);
-    const auto g = gaussian_gradients<kPrior>(
+    const auto g = gaussian_gradients<kPrior, kSample>(
         load<F>(m + i), load<F>(l + i), load<F>(prior_m + i), load<F>(prior_l + i),
         load<F>(eps + i), load<F>(dz + i), load<F>(dkl + i) * a.dkl_scale, a.low, a.high);
     store<F>(out[0] + i, g.dmean);

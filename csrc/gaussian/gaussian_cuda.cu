@@ -129,8 +129,8 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<kPrior>) gaussian_ba
       for (int i = 0; i < N; ++i) {
         dkl[i] = row_dkl;
         if (kColumns && i < count) dkl[i] = read_value(a.dkl, start + g * N + i) * a.dkl_scale;
-        const bool sample = kEps != Eps::none;
-        const auto gradient = gaussian_gradients<kPrior>(
+        constexpr bool sample = kEps != Eps::none;
+        const auto gradient = gaussian_gradients<kPrior, sample>(
             m[i], l[i], kPrior ? pm[i] : 0.0f, kPrior ? pl[i] : 0.0f, sample ? e[i] : 0.0f,
             sample ? d[i] : 0.0f, dkl[i], a.low, a.high);
         m[i] = gradient.dmean, l[i] = gradient.dlogvar, e[i] = gradient.deps;

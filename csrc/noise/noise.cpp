@@ -14,6 +14,7 @@ static Tensor fill(const char* op, Distribution distribution, const Tensor& key,
   const int64_t sizes[2] = {rows, columns};
   const Tensor out = allocate_on(op, (int32_t)device.type(), device.index(), sizes, 2, dtype);
   const Layout layout(op, out);
+  if (k.device) layout.check_device("key", key);
   if (out.numel() == 0) return out;
   const Result result{out.data_ptr(), columns, out_dtype};
   if (layout.is_cuda) {
@@ -23,7 +24,6 @@ static Tensor fill(const char* op, Distribution distribution, const Tensor& key,
 #endif
     return out;
   }
-  GM_CHECK(!k.device, op, ": the key must be on the CPU for a CPU output");
   const NoiseTable& table = select_noise_table();
   layout.parallel([&](int64_t begin, int64_t end) {
     table.fill(distribution, k.host, result, columns, begin, end);

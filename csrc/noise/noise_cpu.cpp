@@ -44,18 +44,13 @@ static void host_log1p_unit(const float* x, float* y, int64_t n) {
 }
 
 static void host_sincospi(const float* x, float* sine, float* cosine, int64_t n) {
-  for_vectors(n, [&](auto lane, int64_t i) {
-    using F = decltype(lane);
-    F s, c;
-    sincos_turns(load<F>(x + i) * 0x1p31f - 0.5f, s, c);  // turns = x 2^-1, in words
-    store<F>(sine + i, s);
-    store<F>(cosine + i, c);
-  });
+  for (int64_t i = 0; i < n; ++i)
+    sincos_turns((uint32_t)(uint64_t)((double)x[i] * 0x1p31), sine[i], cosine[i]);
 }
 
 static void host_normal_from_words(const uint32_t* words, float* y, int64_t pairs) {
   for (int64_t i = 0; i < pairs; ++i) {
-    normal_pair((float)words[2 * i], (float)words[2 * i + 1], y[2 * i], y[2 * i + 1]);
+    normal_pair(words[2 * i], words[2 * i + 1], y[2 * i], y[2 * i + 1]);
   }
 }
 

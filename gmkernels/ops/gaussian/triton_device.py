@@ -3,7 +3,15 @@
 import triton
 import triton.language as tl
 
-from gmkernels.triton_common import clamp, excess, exp_tail, load_tile, normal_tile
+from gmkernels.triton_common import (
+    clamp,
+    excess,
+    exp_tail,
+    load_key,
+    load_tile,
+    normal_tile,
+    normals,
+)
 
 
 @triton.jit
@@ -13,13 +21,14 @@ def kl_term(m, l, pm, pl, PRIOR: tl.constexpr):
         sigma = tl.exp(l * 0.5)
         shift = m - pm
         return shift * shift * tl.exp(-pl) + excess(l - pl), sigma
-    # E = exp(h) = 1 + h + c: E^2 - 1 - l = h^2 + c (2 + 2 h + c) near 0.
-    h = l * 0.5
-    sigma = tl.exp(h)
-    c = h * h * exp_tail(h)
-    near = h * h + c * (h * 2.0 + 2.0 + c)
-    far = sigma * sigma - 1.0 - l
-    return m * m + tl.where(tl.abs(h) < 0.34, near, far), sigma
+    else:
+        # E = exp(h) = 1 + h + c: E^2 - 1 - l = h^2 + c (2 + 2 h + c) near 0.
+        h = l * 0.5
+        sigma = tl.exp(h)
+        c = h * h * exp_tail(h)
+        near = h * h + c * (h * 2.0 + 2.0 + c)
+        far = sigma * sigma - 1.0 - l
+        return m * m + tl.where(tl.abs(h) < 0.34, near, far), sigma
 
 
 @triton.jit
@@ -53,6 +62,8 @@ def forward_kernel(
     row = (tl.program_id(0).to(tl.int64) * R + tl.arange(0, R))[:, None]
     chunk = tl.program_id(1)
     total = tl.zeros((R, C), tl.float32)
+    if SAMPLE and not EPS:
+        key = load_key(key_ptr)
     for start in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, columns), C):
         d = start + tl.arange(0, C)[None, :]
         mask = (row < rows) & (d < columns)
@@ -67,7 +78,7 @@ def forward_kernel(
             if EPS:
                 eps = load_tile(eps_ptr, row, d, eps_stride, mask, True)
             else:
-                eps = normal_tile(key_ptr, row, start, 0, R, C)
+                eps = normals(key, row, start, 0, R, C)
             z = m + sigma * eps
             tl.store(z_ptr + row * columns + d, z.to(z_ptr.dtype.element_ty), mask=mask)
     kl = 0.5 * tl.sum(total, axis=1, keep_dims=True)

@@ -4,7 +4,7 @@ Formula. Philox4x32-10 with key (seed low, seed high) and counter (d // 4, row l
 stream) gives words w0..w3 of positions 4 (d // 4) + 0..3.
     uniform: u(w) = float32(w) 2^-32 + 2^-33, in (0, 1].
     normal:  words pair up, (w0, w1) and (w2, w3): r = sqrt(-2 ln u(w0)),
-             n0 = r cos(2 pi u(w1)), n1 = r sin(2 pi u(w1)).
+             n0 = r cos(2 pi w1 2^-32), n1 = r sin(2 pi w1 2^-32).
     ln, sin and cos are the fixed polynomials below: +, -, *, bit operations and IEEE sqrt in this
         order.
 
@@ -31,19 +31,17 @@ from torch import Tensor
 
 _MASK = 0xFFFFFFFF
 _LN = (
-    -0.07666336745023727,
-    0.12789621949195862,
-    -0.1316087394952774,
-    0.1419726312160492,
-    -0.16622772812843323,
-    0.20001448690891266,
-    -0.2500084638595581,
-    0.333333283662796,
+    -0.10470021516084671,
+    0.16173018515110016,
+    -0.17108885943889618,
+    0.19904570281505585,
+    -0.24983768165111542,
+    0.3333487808704376,
 )
 _SIN = (-0.004630818497389555, 0.07969274371862411, -0.645965039730072, 1.5707963705062866)
-_COS = (0.000896678538993001, -0.020856503397226334, 0.2536686360836029, -1.2337005138397217)
-_LN2_HIGH = 0.693145751953125
-_LN2_LOW = 1.42860676533018518e-06
+_COS = (-0.020424289628863335, 0.2536056339740753, -1.2336978912353516)
+_LN2_HIGH = 0.693145751953125  # 15 bits, and the low part 18: k times either is exact
+_LN2_LOW = 1.428605173714459e-06
 
 
 def philox(counter: tuple[Any, ...], seed: Any) -> tuple[Any, ...]:
@@ -87,11 +85,10 @@ def minus_two_ln(u: Tensor) -> Tensor:
     return (f * -2.0 + tail) + k * (-2 * _LN2_HIGH)
 
 
-def sincos_turns(u: Tensor) -> tuple[Tensor, Tensor]:
-    """sin and cos of 2 pi u for float32 u in (0, 1]; 4 u = k + f, |f| <= 1/2."""
-    turns = u * 4.0
-    k = (turns + 0.5).to(torch.int32)
-    f = turns - k.to(torch.float32)
+def sincos_turns(words: Tensor) -> tuple[Tensor, Tensor]:
+    """sin and cos of 2 pi w 2^-32 for words w; 4 w 2^-32 = k + f, |f| <= 1/2."""
+    f = (((words << 2) + 2**31 & _MASK) - 2**31).to(torch.float32) * 2.0**-32
+    k = words + 2**29 >> 30
     f2 = f * f
     s = f2 * _SIN[0] + _SIN[1]
     for coefficient in _SIN[2:]:
@@ -102,16 +99,16 @@ def sincos_turns(u: Tensor) -> tuple[Tensor, Tensor]:
         c = c * f2 + coefficient
     odd = (k & 1) == 1
     first, second = torch.where(odd, s, c), torch.where(odd, c, s)
-    cosine = (first.view(torch.int32) ^ (((k + 1) & 2) << 30)).view(torch.float32)
-    sine = (second.view(torch.int32) ^ ((k & 2) << 30)).view(torch.float32)
+    cosine = torch.where(((k + 1) & 2) == 0, first, -first)
+    sine = torch.where((k & 2) == 0, second, -second)
     return sine, cosine
 
 
 def normal_from(words: Tensor) -> Tensor:
     """Words [..., 4] to float32 normals [..., 4]."""
-    u = uniform_from(words)
-    r = minus_two_ln(u[..., 0::2].contiguous()).to(torch.float64).sqrt().to(torch.float32)
-    sine, cosine = sincos_turns(u[..., 1::2].contiguous())
+    u = uniform_from(words[..., 0::2].contiguous())
+    r = minus_two_ln(u).to(torch.float64).sqrt().to(torch.float32)
+    sine, cosine = sincos_turns(words[..., 1::2])
     return torch.stack([r * cosine, r * sine], dim=-1).flatten(-2)
 
 

@@ -84,7 +84,7 @@ OPS = (
         source="Salmon et al. 2011; Box and Muller 1958",
         floor=_FLOOR,
         differentiable=False,
-        instructions={"float32": 45},
+        instructions={"float32": 40},
     ),
     Op(
         name="uniform",
