@@ -42,9 +42,9 @@ def as_tuple(x: Any) -> tuple[Tensor, ...]:
 
 
 def differentiated(given: Inputs) -> list[Tensor]:
-    """The tensors whose gradients training needs: all floating ones but the noise."""
-    noise = given.kwargs.get("eps")
-    return [x for x in given.tensors() if x is not noise]
+    """The tensors whose gradients training needs: all floating ones but noise and data."""
+    without = [given.kwargs.get("eps"), *(given.args[i] for i in given.data)]
+    return [x for x in given.tensors() if all(x is not y for y in without)]
 
 
 def prepare(given: Inputs, backward: bool) -> Inputs:
@@ -89,7 +89,7 @@ def with_seed(op: Op, given: Inputs) -> Inputs:
     """Our call of a noisy row: with an explicit seed, unless the noise is given."""
     if not op.noisy or "eps" in given.kwargs:
         return given
-    return Inputs(given.args, {**given.kwargs, "seed": SEED})
+    return given.with_keywords(seed=SEED)
 
 
 class Sides(dict[str, Callable[..., Any]]):
@@ -160,7 +160,7 @@ def errors_of_eager(
     if op.noisy and "eps" not in given.kwargs:
         like = given.args[0]
         eps = gmkernels.normal(tuple(like.shape), seed=SEED, device=like.device).to(like.dtype)
-        given = Inputs(given.args, {**given.kwargs, "eps": eps})
+        given = given.with_keywords(eps=eps)
     eager = results(op.eager, given, benchmark.backward)
     return [worst(e, t) for e, t in zip(eager, truths, strict=True)]
 

@@ -5,14 +5,20 @@ import torch as _torch  # noqa: F401 - first: the extension needs torch's librar
 from gmkernels import noise
 from gmkernels.dispatch import explain, reuse_memory, use_backend, use_isa
 from gmkernels.noise import normal, uniform
+from gmkernels.ops.diffusion_noise import add_noise, add_noise_with_target, denoising_loss
 from gmkernels.ops.gaussian import gaussian_kl, gaussian_kl_per_dim, reparameterize_kl
 from gmkernels.ops.likelihood import bernoulli_nll, categorical_nll, gaussian_nll
+from gmkernels.schedule import Schedule
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Schedule",
+    "add_noise",
+    "add_noise_with_target",
     "bernoulli_nll",
     "categorical_nll",
+    "denoising_loss",
     "explain",
     "gaussian_kl",
     "gaussian_kl_per_dim",

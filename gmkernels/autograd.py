@@ -54,12 +54,14 @@ class DifferentiableOp:
     The operators of `name` take `inputs` differentiable tensors (or None) first and constants after
     them (the noise key, floats, ints); backward takes the `outputs` gradients (or None) before
     these and a bit mask of the wanted inputs after them, and returns `inputs` gradients, empty
-    where not wanted. Backward reads the inputs alone: nothing else is saved.
+    where not wanted. Backward reads the inputs alone: nothing else is saved, unless the forward
+    operator keeps something for it. Then that takes one more argument, the bool `keep`, and returns
+    `kept` further tensors (empty if not keep); backward takes them after the output gradients.
 
     Args:
         name: of the op, as in the dispatch table.
         reference: the formula in plain PyTorch on the same arguments, returning a tuple.
-        inputs, outputs: how many tensors.
+        inputs, outputs, kept: how many tensors.
     """
 
     def __init__(
@@ -69,11 +71,13 @@ class DifferentiableOp:
         *,
         inputs: int,
         outputs: int,
+        kept: int = 0,
     ) -> None:
         self.name = name
         self.reference = reference
         self.inputs = inputs
         self.outputs = outputs
+        self.kept = kept
         self.backward_function = _make_backward_function(self)
         self.forward_function = _make_forward_function(self)
         for backend, namespace in dispatch.NAMESPACES.items():
@@ -85,23 +89,32 @@ class DifferentiableOp:
         if backend == "reference":
             return self.reference(*args)
         if torch.compiler.is_compiling():
-            return self.run_forward(backend, args)
+            keep = bool(self.kept) and self._is_differentiated(args)
+            return self.run_forward(backend, args, keep)[: self.outputs]
         if is_transformed():
             return self.reference(*args)
+        if self._is_differentiated(args):
+            return self.forward_function.apply(backend, *args)
+        with BelowAutograd():
+            return self.run_forward(backend, args, False)[: self.outputs]
+
+    def _is_differentiated(self, args: Arguments) -> bool:
         if torch.is_grad_enabled():
             for x in args[: self.inputs]:
                 if x is not None and x.requires_grad:
-                    return self.forward_function.apply(backend, *args)
-        with BelowAutograd():
-            return self.run_forward(backend, args)
+                    return True
+        return False
 
-    def run_forward(self, backend: str, args: Arguments) -> tuple[Tensor, ...]:
-        results = dispatch.kernel(self.name, backend).forward(*args)
-        return results if self.outputs > 1 else (results,)
+    def run_forward(self, backend: str, args: Arguments, keep: bool) -> tuple[Tensor, ...]:
+        """The outputs, and after them what is kept."""
+        forward = dispatch.kernel(self.name, backend).forward
+        results = forward(*args, keep) if self.kept else forward(*args)
+        return results if self.outputs + self.kept > 1 else (results,)
 
     def run_backward(
         self, backend: str, grads: Arguments, args: Arguments, needs: int
     ) -> tuple[Tensor, ...]:
+        """args: what was kept, and the inputs and constants."""
         backward = dispatch.kernel(self.name, backend).backward
         assert backward is not None
         rows = (g if g is None else in_rows(g) for g in grads)
@@ -111,8 +124,9 @@ class DifferentiableOp:
     def second_derivatives(
         self, grads: Arguments, args: Arguments, needs: int, cotangents: Arguments
     ) -> list[Tensor | None]:
-        """Gradients of the backward operator to its gradients and inputs, through the reference."""
+        """Gradients of the backward operator to its tensors, through the reference."""
         create_graph = torch.is_grad_enabled()
+        args = args[self.kept :]
         with torch.enable_grad():
             # Aliases: an argument given twice must not collect the other one's gradient.
             xs = [_alias(x, create_graph) for x in args[: self.inputs]]
@@ -148,22 +162,27 @@ class DifferentiableOp:
                     )
                 )
         found = iter(seconds)
-        return [None if x is None else next(found) for x in (*gs, *xs)]
+        made = [None if x is None else next(found) for x in (*gs, *xs)]
+        return [*made[: self.outputs], *(None,) * self.kept, *made[self.outputs :]]
 
     def _register(self, backend: str, qualified: str) -> None:
-        inputs, outputs = self.inputs, self.outputs
+        inputs, outputs, kept = self.inputs, self.outputs, self.kept
 
         def setup_forward(ctx: Any, inputs: Arguments, output: Any) -> None:
             ctx.set_materialize_grads(False)
+            if kept:
+                ctx.mark_non_differentiable(*output[outputs:])
+                inputs = (*output[outputs:], *inputs[:-1])
             _save(ctx, inputs)
 
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             args = _saved(ctx)
-            if all(g is None for g in grads):
-                return (None,) * len(args)
+            constants = len(args) - kept - inputs + bool(kept)
+            if all(g is None for g in grads[:outputs]):
+                return (None,) * (inputs + constants)
             needs = _mask(ctx.needs_input_grad[:inputs])
-            made = self.run_backward(backend, grads, args, needs)
-            return (*_kept(made, args, needs), *(None,) * (len(args) - inputs))
+            made = self.run_backward(backend, grads[:outputs], args, needs)
+            return (*_wanted(made, args[kept:], needs), *(None,) * constants)
 
         def setup_backward(ctx: Any, inputs: Arguments, output: Any) -> None:
             ctx.set_materialize_grads(False)
@@ -197,7 +216,7 @@ def _mask(needs: tuple[bool, ...]) -> int:
     return sum(1 << i for i, needed in enumerate(needs) if needed)
 
 
-def _kept(made: tuple[Tensor, ...], args: Arguments, needs: int) -> list[Tensor | None]:
+def _wanted(made: tuple[Tensor, ...], args: Arguments, needs: int) -> list[Tensor | None]:
     return [g if needs >> i & 1 and args[i] is not None else None for i, g in enumerate(made)]
 
 
@@ -223,23 +242,24 @@ def _make_forward_function(op: DifferentiableOp) -> type[torch.autograd.Function
         def forward(ctx: Any, backend: str, *args: Any) -> Any:  # type: ignore[override]
             ctx.set_materialize_grads(False)
             ctx.backend = backend
-            _save(ctx, args)
             with BelowAutograd():
-                return op.run_forward(backend, args)
+                results = op.run_forward(backend, args, True)
+            _save(ctx, (*results[op.outputs :], *args))
+            return results[: op.outputs]
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> Any:  # type: ignore[override]
             args = _saved(ctx)
-            nothing = (None,) * (len(args) + 1)
+            constants = len(args) - op.kept - op.inputs
             if all(g is None for g in grads):
-                return nothing
+                return (None,) * (1 + op.inputs + constants)
             needs = _mask(ctx.needs_input_grad[1 : 1 + op.inputs])
             if torch.is_grad_enabled():
                 made = op.backward_function.apply(ctx.backend, needs, *grads, *args)
             else:
                 with BelowAutograd():
                     made = op.run_backward(ctx.backend, grads, args, needs)
-            return (None, *_kept(made, args, needs), *(None,) * (len(args) - op.inputs))
+            return (None, *_wanted(made, args[op.kept :], needs), *(None,) * constants)
 
     Forward.__name__ = Forward.__qualname__ = op.name
     return Forward

@@ -1,5 +1,6 @@
 """One row an op: what the tests check, what the benchmarks time, what the README's table says."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,23 +42,36 @@ class Case:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Arguments of one call. Floating tensors among them are what gradients are taken to."""
+    """Arguments of one call. Floating tensors among them are what gradients are taken to.
+
+    Positional arguments in `fixed` are constants even where they are floating tensors; to those in
+    `data` training takes no gradient, so the benchmarks take none either.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)
+    fixed: tuple[int, ...] = ()
+    data: tuple[int, ...] = ()
 
     def tensors(self) -> list[Tensor]:
-        """Every floating tensor, positional first."""
-        found = (*self.args, *self.kwargs.values())
+        """Every floating tensor that is no constant, positional first."""
+        args = [x for i, x in enumerate(self.args) if i not in self.fixed]
+        found = (*args, *self.kwargs.values())
         return [x for x in found if isinstance(x, Tensor) and x.is_floating_point()]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Inputs":
-        """The same call with every floating tensor changed."""
+        """The same call with every floating tensor changed that is no constant."""
 
         def one(x: Any) -> Any:
             return change(x) if isinstance(x, Tensor) and x.is_floating_point() else x
 
-        return Inputs(tuple(map(one, self.args)), {k: one(v) for k, v in self.kwargs.items()})
+        args = tuple(x if i in self.fixed else one(x) for i, x in enumerate(self.args))
+        kwargs = {k: one(v) for k, v in self.kwargs.items()}
+        return dataclasses.replace(self, args=args, kwargs=kwargs)
+
+    def with_keywords(self, **kwargs: Any) -> "Inputs":
+        """The same call with these keywords added."""
+        return dataclasses.replace(self, kwargs={**self.kwargs, **kwargs})
 
 
 @dataclass(frozen=True)

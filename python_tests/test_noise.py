@@ -218,3 +218,15 @@ def test_eager_and_inductor_agree(device: str) -> None:
     compiled = torch.compile(step, fullgraph=True)
     for got, want in zip(compiled(x, seed), step(x, seed), strict=True):
         assert same_bits(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outputs_past_the_caches_have_the_same_bits(dtype, isas):
+    """8 MiB and more are streamed to memory; rows that start off a vector's boundary, too."""
+    rows, columns = 5, 1_048_577
+    for isa in isas:
+        with dispatch.use_isa(isa):
+            whole = gmkernels.normal((rows, columns), seed=3, dtype=dtype, backend="native")
+            for b in range(rows):
+                row = gmkernels.normal((1, columns), seed=3, offset=b, dtype=dtype)
+                assert torch.equal(whole[b : b + 1], row), isa

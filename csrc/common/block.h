@@ -68,10 +68,24 @@ static inline const float* load_block(const Operand& x, int64_t row, int64_t sta
   return out;
 }
 
-// Where a block of results is to be written: the output itself if it is float32, else the buffer.
-static inline float* open_block(const Result& y, int64_t row, int64_t start, Buffer& buffer) {
-  return y.data && y.dtype == DType::f32 ? (float*)y.data + row * y.row_stride + start
-                                         : buffer.data;
+// Where a block of results is written. past: by stores past the caches.
+struct Out {
+  float* data;
+  bool past;
+};
+
+template <class F>
+static inline void put(const Out& out, int64_t i, F x) {
+  if constexpr (traits<F>::lanes > 1) {
+    if (out.past) return stream(out.data + i, x);
+  }
+  store<F>(out.data + i, x);
+}
+
+// The output itself if it is float32, else the buffer.
+static inline Out open_block(const Result& y, int64_t row, int64_t start, Buffer& buffer) {
+  if (!y.data || y.dtype != DType::f32) return {buffer.data, false};
+  return {(float*)y.data + row * y.row_stride + start, y.streaming};
 }
 
 // Converts a block that open_block() put into the buffer; nothing to do for float32.
@@ -84,7 +98,11 @@ static inline void close_block(const Result& y, int64_t row, int64_t start, int6
   for (; i + kLanes <= n; i += kLanes) {
     const vf x = load<vf>(buffer.data + i);
     const vu16 h = is_bf16 ? to_bf16(x) : to_f16(x);
-    memcpy(out + i, &h, sizeof(h));
+    if (y.streaming) {
+      stream(out + i, h);
+    } else {
+      memcpy(out + i, &h, sizeof(h));
+    }
   }
   for (; i < n; ++i) out[i] = is_bf16 ? to_bf16(buffer.data[i]) : to_f16(buffer.data[i]);
 }
@@ -152,6 +170,7 @@ static inline void for_chunks(int64_t columns, int64_t begin, int64_t end, Body 
       ++row;
     }
   }
+  stream_fence();
 }
 
 // Runs body(at, count) for the blocks of one chunk.

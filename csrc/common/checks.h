@@ -177,7 +177,10 @@ inline Tensor allocate_nothing(const char* op, const Tensor& like) {
 
 inline Result result(const char* op, const Tensor& y, int64_t columns) {
   if (y.numel() == 0) return {};
-  return {y.data_ptr(), columns, float_dtype(op, "output", y.scalar_type())};
+  const DType dtype = float_dtype(op, "output", y.scalar_type());
+  const int64_t bytes = y.numel() * (dtype == DType::f32 ? 4 : 2);
+  const bool aligned = (uintptr_t)y.data_ptr() % 64 == 0 && columns % 16 == 0;
+  return {y.data_ptr(), columns, dtype, aligned && bytes >= kStreamBytes};
 }
 
 // Gradients of the wanted inputs; bit i of needs stands for input i. What is not wanted stays
@@ -214,6 +217,21 @@ inline Key read_key(const char* op, const Tensor& key, int64_t stream) {
   k.host.seed = (uint64_t)data[0];
   k.host.offset = (uint64_t)data[1];
   return k;
+}
+
+// The noise of a call, into args with members eps, key and key_ptr: given, or made from a key.
+template <class Args>
+void read_noise(const Layout& layout, const MaybeTensor& eps, const MaybeTensor& key, Args& args) {
+  GM_CHECK(eps.has_value() != key.has_value(), layout.op, ": give exactly one of eps and key");
+  if (eps) {
+    args.eps = operand(layout, "eps", *eps);
+    return;
+  }
+  const Key k = read_key(layout.op, *key, 0);
+  GM_CHECK(layout.is_cuda || !k.device, layout.op, ": the key must be on the CPU for CPU tensors");
+  if (k.device) layout.check_device("key", *key);
+  args.key = k.host;
+  args.key_ptr = k.device;
 }
 
 #if defined(GM_CUDA)

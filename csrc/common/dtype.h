@@ -29,11 +29,13 @@ struct Operand {
   DType dtype = DType::f32;
 };
 
-// A contiguous output of rows. data is null where it is not wanted.
+// A contiguous output of rows. data is null where it is not wanted. streaming: too large to be
+// found in a cache later, so a CPU kernel writes it past them.
 struct Result {
   void* data = nullptr;
   int64_t row_stride = 0;
   DType dtype = DType::f32;
+  bool streaming = false;
 };
 
 // Where noise comes from: a key of two int64 (seed, offset), and the stream of the draw.

@@ -83,6 +83,27 @@ static inline void store(float* p, F x) {
   memcpy(p, &x, sizeof(F));
 }
 
+// A store past the caches to a multiple of sizeof(V): half of the traffic of a store to memory that
+// is not cached. stream_fence() comes after the last one.
+template <class V>
+static inline void stream(void* p, V x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) return _mm512_stream_si512((__m512i*)p, (__m512i)x);
+#endif
+#if defined(__AVX__)
+  if constexpr (sizeof(V) == 32) return _mm256_stream_si256((__m256i*)p, (__m256i)x);
+#endif
+#if defined(__SSE2__)
+  if constexpr (sizeof(V) == 16) return _mm_stream_si128((__m128i*)p, (__m128i)x);
+#endif
+  memcpy(p, &x, sizeof(V));
+}
+static inline void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
 // mask ? a : b, lane by lane. Masks are what comparisons of F give.
 static inline float select(bool mask, float a, float b) { return mask ? a : b; }
 static inline vf select(vi mask, vf a, vf b) { return mask ? a : b; }

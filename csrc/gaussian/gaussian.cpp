@@ -28,20 +28,6 @@ static GaussianArgs read_args(const Layout& layout, const Tensor& mean, const Te
   return a;
 }
 
-static void read_noise(const Layout& layout, const MaybeTensor& eps, const MaybeTensor& key,
-                       GaussianArgs& a) {
-  GM_CHECK(eps.has_value() != key.has_value(), layout.op, ": give exactly one of eps and key");
-  if (eps) {
-    a.eps = operand(layout, "eps", *eps);
-    return;
-  }
-  const Key k = read_key(layout.op, *key, 0);
-  GM_CHECK(layout.is_cuda || !k.device, layout.op, ": the key must be on the CPU for CPU tensors");
-  if (k.device) layout.check_device("key", *key);
-  a.key = k.host;
-  a.key_ptr = k.device;
-}
-
 static void run_forward(const Layout& layout, const Tensor& mean, GaussianArgs& a) {
   if (layout.is_cuda) {
 #if defined(GM_CUDA)

@@ -20,7 +20,7 @@ static double forward_block(const GaussianArgs& a, int64_t row, int64_t at, int6
   const float* eps = eps_block(a, kSample, row, at, n, buffers[2]);
   const float* prior_m = kPrior ? load_block(a.prior_mean, row, at, n, buffers[3]) : m;
   const float* prior_l = kPrior ? load_block(a.prior_logvar, row, at, n, buffers[4]) : l;
-  float* z = open_block(a.z, row, at, buffers[5]);
+  const Out z = open_block(a.z, row, at, buffers[5]);
   BlockSum sum;
   for_vectors(n, [&](auto lane, int64_t i) {
     using F = decltype(lane);
@@ -28,7 +28,7 @@ static double forward_block(const GaussianArgs& a, int64_t row, int64_t at, int6
     const F mean = load<F>(m + i);
     sum.add(kl_term<kPrior>(mean, clamp(load<F>(l + i), a.low, a.high), load<F>(prior_m + i),
                             load<F>(prior_l + i), sigma));
-    if constexpr (kSample) store<F>(z + i, fma(sigma, load<F>(eps + i), mean));
+    if constexpr (kSample) put<F>(z, i, fma(sigma, load<F>(eps + i), mean));
   });
   if (kSample) close_block(a.z, row, at, n, buffers[5]);
   return sum.total();
@@ -67,18 +67,18 @@ static void backward_block(const GaussianArgs& a, int64_t row, int64_t at, int64
   const float* dz = kSample ? load_block(a.dz, row, at, n, buffers[5]) : zeros.data;
   const float* dkl = a.dkl.data ? load_block(a.dkl, row, at, n, buffers[6]) : zeros.data;
   const Result* results[5] = {&a.dmean, &a.dlogvar, &a.dprior_mean, &a.dprior_logvar, &a.deps};
-  float* out[5];
+  Out out[5];
   for (int j = 0; j < 5; ++j) out[j] = open_block(*results[j], row, at, buffers[7 + j]);
   for_vectors(n, [&](auto lane, int64_t i) {
     using F = decltype(lane);
     const auto g = gaussian_gradients<kPrior, kSample>(
         load<F>(m + i), load<F>(l + i), load<F>(prior_m + i), load<F>(prior_l + i),
         load<F>(eps + i), load<F>(dz + i), load<F>(dkl + i) * a.dkl_scale, a.low, a.high);
-    store<F>(out[0] + i, g.dmean);
-    store<F>(out[1] + i, g.dlogvar);
-    if constexpr (kPrior) store<F>(out[2] + i, g.dprior_mean);
-    if constexpr (kPrior) store<F>(out[3] + i, g.dprior_logvar);
-    if (a.deps.data) store<F>(out[4] + i, g.deps);
+    put<F>(out[0], i, g.dmean);
+    put<F>(out[1], i, g.dlogvar);
+    if constexpr (kPrior) put<F>(out[2], i, g.dprior_mean);
+    if constexpr (kPrior) put<F>(out[3], i, g.dprior_logvar);
+    if (a.deps.data) put<F>(out[4], i, g.deps);
   });
   for (int j = 0; j < 5; ++j) close_block(*results[j], row, at, n, buffers[7 + j]);
 }

@@ -141,6 +141,7 @@ static Tensor categorical_nll_backward(const Tensor& dnll, const Tensor& logits,
   const Tensor dlogits = wanted(0, logits, logits, a.dlogits);
   if (a.dlogits.data) {
     a.dlogits.row_stride = layout.columns * a.size;
+    a.dlogits.streaming = false;  // blocks of levels start anywhere
     const LikelihoodTable& table = select_likelihood_table();
     layout.parallel([&](int64_t begin, int64_t end) { table.categorical_backward(a, begin, end); },
                     a.size);

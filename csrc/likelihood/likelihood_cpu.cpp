@@ -44,9 +44,9 @@ static void gaussian_backward(const LikelihoodArgs& a, double* sums, int64_t beg
       const float* m = load_block(a.mean, row, at, count, buffers[1]);
       const float* l = load_block(a.logvar, row, at, count, buffers[2]);
       const float* g = load_block(a.dnll, row, at, count, buffers[3]);
-      float* dx = open_block(a.dx, row, at, buffers[4]);
-      float* dm = open_block(a.dmean, row, at, buffers[5]);
-      float* dl = open_block(a.dlogvar, row, at, buffers[6]);
+      const Out dx = open_block(a.dx, row, at, buffers[4]);
+      const Out dm = open_block(a.dmean, row, at, buffers[5]);
+      const Out dl = open_block(a.dlogvar, row, at, buffers[6]);
       BlockSum sum;
       for_vectors(count, [&](auto lane, int64_t i) {
         using F = decltype(lane);
@@ -55,9 +55,9 @@ static void gaussian_backward(const LikelihoodArgs& a, double* sums, int64_t beg
         const F slope = dnll * scaled;
         const F dlogvar = dnll * 0.5f * fma(-gap, scaled, splat<F>(1.0f));
         sum.add(dlogvar);
-        store<F>(dx + i, slope);
-        store<F>(dm + i, -slope);
-        store<F>(dl + i, dlogvar);
+        put<F>(dx, i, slope);
+        put<F>(dm, i, -slope);
+        put<F>(dl, i, dlogvar);
       });
       total += sum.total();
       close_block(a.dx, row, at, count, buffers[4]);
@@ -93,13 +93,13 @@ static void bernoulli_backward(const LikelihoodArgs& a, int64_t begin, int64_t e
       const float* x = load_block(a.x, row, at, count, buffers[0]);
       const float* s = load_block(a.mean, row, at, count, buffers[1]);
       const float* g = load_block(a.dnll, row, at, count, buffers[2]);
-      float* dx = open_block(a.dx, row, at, buffers[3]);
-      float* ds = open_block(a.dmean, row, at, buffers[4]);
+      const Out dx = open_block(a.dx, row, at, buffers[3]);
+      const Out ds = open_block(a.dmean, row, at, buffers[4]);
       for_vectors(count, [&](auto lane, int64_t i) {
         using F = decltype(lane);
         const F logit = load<F>(s + i), dnll = load<F>(g + i);
-        store<F>(dx + i, -(dnll * logit));
-        store<F>(ds + i, dnll * (sigmoid(logit) - load<F>(x + i)));
+        put<F>(dx, i, -(dnll * logit));
+        put<F>(ds, i, dnll * (sigmoid(logit) - load<F>(x + i)));
       });
       close_block(a.dx, row, at, count, buffers[3]);
       close_block(a.dmean, row, at, count, buffers[4]);
@@ -231,7 +231,7 @@ static void few_levels_backward(const CategoricalArgs& a, float dnll, int64_t ro
       float* column = group.columns.data + k * kLanes;
       store(column, load<vf>(column) * scale);
     }
-    float* out = open_block(a.dlogits, row, d * a.size, buffer);
+    float* out = open_block(a.dlogits, row, d * a.size, buffer).data;
     for (int64_t j = 0; j < count; ++j) {
       const float* lane = group.columns.data + j;
       for (int64_t k = 0; k < a.size; ++k) out[j * a.size + k] = lane[k * kLanes];
@@ -254,7 +254,7 @@ static void many_levels_backward(const CategoricalArgs& a, float dnll, int64_t r
       vf gradient = exp(s - p.top) * scale;
       if (level >= first && level < first + count) gradient[level - first] -= 1.0f;
       gradient *= g;
-      float* out = open_block(a.dlogits, row, d * a.size + first, buffer);
+      float* out = open_block(a.dlogits, row, d * a.size + first, buffer).data;
       memcpy(out, &gradient, count * sizeof(float));
       close_block(a.dlogits, row, d * a.size + first, count, buffer);
     });

@@ -10,14 +10,16 @@ static void fill(Distribution distribution, const NoiseKey& key, const Result& o
     Buffer noise;
     for_blocks(start, n, [&](int64_t at, int64_t count) {
       const bool is_normal = distribution == Distribution::normal;
-      const bool whole = out.dtype == DType::f32 && count == kBlock;
-      float* direct = whole ? (float*)out.data + row * out.row_stride + at : noise.data;
-      is_normal ? normals(key, row, at, count, direct) : uniforms(key, row, at, count, direct);
-      if (out.dtype == DType::f32 && !whole) {
-        memcpy((float*)out.data + row * out.row_stride + at, noise.data, count * sizeof(float));
-      } else {
-        close_block(out, row, at, count, noise);
+      const Out open = open_block(out, row, at, noise);
+      float* to = count == kBlock && !open.past ? open.data : noise.data;
+      is_normal ? normals(key, row, at, count, to) : uniforms(key, row, at, count, to);
+      if (to != open.data) {
+        for_vectors(count, [&](auto lane, int64_t i) {
+          using F = decltype(lane);
+          put<F>(open, i, load<F>(noise.data + i));
+        });
       }
+      close_block(out, row, at, count, noise);
     });
   });
 }

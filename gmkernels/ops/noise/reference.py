@@ -56,15 +56,29 @@ def philox(counter: tuple[Any, ...], seed: Any) -> tuple[Any, ...]:
     return c0, c1, c2, c3
 
 
-def words_of(key: Tensor, rows: int, columns: int, stream: int) -> Tensor:
-    """Philox words of a [rows, columns] draw, as int64 [rows, ceil(columns / 4), 4]."""
+def folded_seeds(key: Tensor, index: Tensor) -> Tensor:
+    """The seeds of noise.fold_in(key, i) for each i of index, int64 [B]."""
+    zero = torch.zeros_like(index)
+    counter = (index & _MASK, index >> 32 & _MASK, zero, zero + _MASK)
+    low, high, _, _ = philox(counter, key[0])
+    return low | high << 32
+
+
+def words_of(
+    key: Tensor, rows: int, columns: int, stream: int, seeds: Tensor | None = None
+) -> Tensor:
+    """Philox words of a [rows, columns] draw, as int64 [rows, ceil(columns / 4), 4].
+
+    seeds: int64 [rows], one a row in place of the key's.
+    """
     device = key.device
     row = (key[1] + torch.arange(rows, device=device))[:, None]
     d4 = torch.arange((columns + 3) // 4, device=device)[None, :]
     counter = torch.broadcast_tensors(
         d4, row & _MASK, row >> 32 & _MASK, torch.tensor(stream, device=device)
     )
-    return torch.stack(philox(counter, key[0]), dim=-1)
+    seed = key[0] if seeds is None else seeds[:, None]
+    return torch.stack(philox(counter, seed), dim=-1)
 
 
 def uniform_from(words: Tensor) -> Tensor:
@@ -125,6 +139,13 @@ def normal(
     """Standard normals [rows, columns]."""
     noise = normal_from(words_of(key.to(device), rows, columns, stream))
     return noise.flatten(1)[:, :columns].to(dtype).contiguous()
+
+
+def folded_normal(key: Tensor, index: Tensor, columns: int) -> Tensor:
+    """float32 normals [B, columns], row b under the key folded by index[b]; on index's device."""
+    key, rows = key.to(index.device), index.shape[0]
+    words = words_of(key, rows, columns, 0, folded_seeds(key, index))
+    return normal_from(words).flatten(1)[:, :columns].contiguous()
 
 
 def uniform(
