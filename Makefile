@@ -59,7 +59,7 @@ bench-all: $(STAMP)
 	$(PY) -m benchmarks
 
 test: $(STAMP)
-	$(PY) -m pytest
+	$(PY) -m pytest $$($(PY) -c "import xdist; print('-n 2 --dist worksteal')" 2>/dev/null)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

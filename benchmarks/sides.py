@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import gmkernels
 from gmkernels.spec import Benchmark, Case, Inputs, Op
 
 SEED = 7
@@ -87,9 +86,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def with_seed(op: Op, given: Inputs) -> Inputs:
     """Our call of a noisy row: with an explicit seed, unless the noise is given."""
-    if not op.noisy or "eps" in given.kwargs:
-        return given
-    return given.with_keywords(seed=SEED)
+    return op.with_noise(given, SEED, eager=False)
 
 
 class Sides(dict[str, Callable[..., Any]]):
@@ -157,10 +154,7 @@ def errors_of_eager(
     """Largest error of each result of eager PyTorch, given our noise; 0 where it draws its own."""
     if not given.tensors():
         return [0.0] * len(truths)
-    if op.noisy and "eps" not in given.kwargs:
-        like = given.args[0]
-        eps = gmkernels.normal(tuple(like.shape), seed=SEED, device=like.device).to(like.dtype)
-        given = given.with_keywords(eps=eps)
+    given = op.with_noise(given, SEED, eager=True)
     eager = results(op.eager, given, benchmark.backward)
     return [worst(e, t) for e, t in zip(eager, truths, strict=True)]
 

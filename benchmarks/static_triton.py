@@ -25,7 +25,7 @@ Target = tuple[str, int | str, int]  # backend, architecture, lanes of a warp
 
 def has_kernel(op: Op) -> bool:
     """Whether the row has a Triton kernel."""
-    return isinstance(dispatch._TABLE[op.name]["triton"], dispatch.Kernel)
+    return isinstance(dispatch._TABLE[op.operator]["triton"], dispatch.Kernel)
 
 
 @contextlib.contextmanager

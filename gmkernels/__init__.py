@@ -6,23 +6,41 @@ from gmkernels import noise
 from gmkernels.dispatch import explain, reuse_memory, use_backend, use_isa
 from gmkernels.noise import normal, uniform
 from gmkernels.ops.diffusion_noise import add_noise, add_noise_with_target, denoising_loss
+from gmkernels.ops.diffusion_step import (
+    ddim_step,
+    ddpm_step,
+    dpmpp_2m_step,
+    euler_ancestral_step,
+    euler_step,
+    flow_euler_step,
+    heun_step,
+)
 from gmkernels.ops.gaussian import gaussian_kl, gaussian_kl_per_dim, reparameterize_kl
 from gmkernels.ops.likelihood import bernoulli_nll, categorical_nll, gaussian_nll
+from gmkernels.sampler import Sampler
 from gmkernels.schedule import Schedule
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Sampler",
     "Schedule",
     "add_noise",
     "add_noise_with_target",
     "bernoulli_nll",
     "categorical_nll",
+    "ddim_step",
+    "ddpm_step",
     "denoising_loss",
+    "dpmpp_2m_step",
+    "euler_ancestral_step",
+    "euler_step",
     "explain",
+    "flow_euler_step",
     "gaussian_kl",
     "gaussian_kl_per_dim",
     "gaussian_nll",
+    "heun_step",
     "noise",
     "normal",
     "reparameterize_kl",

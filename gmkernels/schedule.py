@@ -257,15 +257,28 @@ class Schedule(nn.Module):
             table = self.at(t, table.dtype)
         if weighting == "uniform":
             return table
-        if t.is_floating_point() or torch.compiler.is_compiling():
-            w = self.weights(table, weighting, prediction_type, gamma, sigma_data)
+        named = (weighting, prediction_type, gamma, sigma_data)
+        if t.is_floating_point():
+            w = self.weights(table, *named)
             return torch.stack([table[:, 0], table[:, 1], w], 1)
-        name = (wide, weighting, prediction_type, gamma, sigma_data)
-        if name not in self._weighted:
-            w = self.weights(self.levels64, weighting, prediction_type, gamma, sigma_data)
-            full = torch.stack([self.levels64[:, 0], self.levels64[:, 1], w], 1)
-            self._weighted[name] = full.to(table.dtype)
-        return self._weighted[name]
+        if torch.compiler.is_compiling():
+            return self._weigh(table.dtype, *named)
+        key = (wide, *named)
+        if key not in self._weighted:
+            self._weighted[key] = self._weigh(table.dtype, *named)
+        return self._weighted[key]
+
+    def _weigh(
+        self,
+        dtype: torch.dtype,
+        weighting: str,
+        prediction_type: str,
+        gamma: float,
+        sigma_data: float,
+    ) -> Tensor:
+        levels = self.levels64
+        w = self.weights(levels, weighting, prediction_type, gamma, sigma_data)
+        return torch.stack([levels[:, 0], levels[:, 1], w], 1).to(dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Schedule":
         # A module's .to(dtype), .half() and the like reach here: only the device may change.

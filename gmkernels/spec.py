@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gmkernels.noise import normal
+
 # Every row has a case of each kind; test_layout.py rejects one that has not.
 KINDS = (
     "empty",  # no rows
@@ -100,6 +102,9 @@ class Op:
         floor: what the error may exceed twice eager's by, in ulp of the output's scale, and why.
         differentiable: whether gradients and second derivatives are tested.
         noisy: whether the call takes `seed=` and `eps=`.
+        noise: what eps= equals a seed, (inputs, seed) -> eps; normal noise of the first argument's
+            shape unless given.
+        operator: name of the registered operators, where several ops share one; else the op's.
         instructions: ceiling of instructions an element on sm_90 by dtype name, forward kernel.
         peers: implementations of other libraries for the benchmark, by name: same call as eager.
     """
@@ -118,8 +123,26 @@ class Op:
     floor: tuple[float, str] = (2.0, "one rounding of the result and one of an intermediate")
     differentiable: bool = True
     noisy: bool = False
+    noise: Callable[[Inputs, int], Tensor] | None = None
+    operator: str = ""
     instructions: dict[str, int] = field(default_factory=dict)
     peers: dict[str, Callable[..., Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "operator", self.operator or self.name)
+
+    def with_noise(self, given: Inputs, seed: int, eager: bool) -> Inputs:
+        """The call with its noise: a seed for us, the same numbers as eps= for eager."""
+        if not self.noisy or "eps" in given.kwargs:
+            return given
+        if not eager:
+            return given.with_keywords(seed=seed)
+        first = given.args[0]
+        if self.noise is not None:
+            eps = self.noise(given, seed)
+        else:
+            eps = normal(tuple(first.shape), seed=seed, device=first.device, backend="reference")
+        return given.with_keywords(eps=eps.to(first.dtype))
 
     def case(self, name: str) -> Case:
         """The case of that name."""

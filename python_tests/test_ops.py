@@ -26,17 +26,7 @@ def as_tuple(x: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def with_noise(op: Op, given: Inputs, eager: bool) -> Inputs:
-    """The call with its noise: a seed for us, the same numbers as eps= for eager."""
-    if not op.noisy or "eps" in given.kwargs:
-        return given
-    first = given.args[0]
-    extra = {"seed": SEED}
-    if eager:
-        eps = gmkernels.normal(
-            tuple(first.shape), seed=SEED, device=first.device, backend="reference"
-        )
-        extra = {"eps": eps.to(first.dtype)}
-    return given.with_keywords(**extra)
+    return op.with_noise(given, SEED, eager)
 
 
 def leaves(given: Inputs) -> Inputs:
@@ -241,8 +231,8 @@ def test_not_finite_values_stay_in_their_row(op, value, backend, device):
     for x in bad.tensors():
         x[1, 2] = value
     extra = {"seed": SEED} if op.noisy else {}
-    clean = as_tuple(op.function(*given.args, **extra, backend=backend))
-    found = as_tuple(op.function(*bad.args, **extra, backend=backend))
+    clean = as_tuple(op.function(*given.args, **given.kwargs, **extra, backend=backend))
+    found = as_tuple(op.function(*bad.args, **bad.kwargs, **extra, backend=backend))
     keep = torch.arange(5) != 1
     for a, b in zip(clean, found, strict=True):
         if op.name == "gaussian_kl_per_dim":
@@ -293,6 +283,7 @@ def operator_samples(op: Op, device: str):
     levels = torch.zeros(3, 5, dtype=torch.long, device=device)
     table, t = x(9, 3).detach(), torch.tensor([8, 0, 4], device=device)
     gather = None, table, t
+    steps = x(9, 11).detach(), t
     samples = {
         "reparameterize_kl": (
             (*plain, None, key, -30.0, 20.0),
@@ -312,22 +303,37 @@ def operator_samples(op: Op, device: str):
             (x(3, 5), x(3, 5), None, key, table[:3], None, 0, True),
             (x(3), x(3, 5).detach(), x(3, 5), x(3, 5), x(3, 5), *gather, 3, 7),
         ),
+        "sampler_step": (
+            (*(x(3, 5) for _ in range(5)), None, key, *steps, 2.0, 0.5, 0.9, True, True),
+            (
+                *(x(3, 5) for _ in range(2)),
+                x(3).detach().exp(),
+                *(x(3, 5) for _ in range(6)),
+                None,
+                *steps,
+                2.0,
+                0.5,
+                0.9,
+                True,
+                63,
+            ),
+        ),
     }
-    forward, backward = samples[op.name]
-    return ((f"{op.name}_forward", forward), (f"{op.name}_backward", backward))
+    forward, backward = samples[op.operator]
+    return ((f"{op.operator}_forward", forward), (f"{op.operator}_backward", backward))
 
 
 def test_every_backend_has_the_same_schema():
+    def schema(space: str, name: str) -> str:
+        text = str(getattr(getattr(torch.ops, space), name).default._schema).split("::")[1]
+        return text.replace("SymInt", "int").replace("float", "f")
+
     for op in ROWS:
         for part in ("forward", "backward"):
             texts = {
-                str(getattr(getattr(torch.ops, space), f"{op.name}_{part}").default._schema).split(
-                    "::"
-                )[1]
-                for space in dispatch.NAMESPACES.values()
+                schema(space, f"{op.operator}_{part}") for space in dispatch.NAMESPACES.values()
             }
-            plain = {t.replace("SymInt", "int").replace("float", "f") for t in texts}
-            assert len(plain) == 1, plain
+            assert len(texts) == 1, texts
 
 
 @pytest.mark.parametrize("scale", [0.3, 1e-2, 1e-4])

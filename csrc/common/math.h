@@ -173,5 +173,11 @@ GM_HD F log(F x) {
   return select(x < 0.0f, splat<F>(__builtin_nanf("")), select(x != x, x, y));
 }
 
+// a x + b y
+template <class F>
+GM_HD F mix(float a, F x, float b, F y) {
+  return fma(splat<F>(b), y, x * a);
+}
+
 }  // namespace GM_ISA
 }  // namespace gm

@@ -81,11 +81,5 @@ GM_HD RowLevels read_levels(const Levels& levels, Prediction prediction, int64_t
 GM_HD bool reads_x0(Prediction prediction) { return prediction != Prediction::epsilon; }
 GM_HD bool reads_eps(Prediction prediction) { return prediction != Prediction::sample; }
 
-// a x + b y
-template <class F>
-GM_HD F mix(float a, F x, float b, F y) {
-  return fma(splat<F>(b), y, x * a);
-}
-
 }  // namespace GM_ISA
 }  // namespace gm

@@ -21,4 +21,9 @@ def _vmap(name: str) -> Any:
 for _draw in (reference.normal, reference.uniform):
     dispatch.define("gmkernels_reference", _draw, reference.draw_empty)
     torch.library.register_vmap(f"gmkernels_reference::{_draw.__name__}", _vmap(_draw.__name__))
+dispatch.define(
+    "gmkernels_reference",
+    reference.folded_normal,
+    lambda key, index, columns: index.new_empty((index.shape[0], columns), dtype=torch.float32),
+)
 dispatch.load_family(__name__, ("normal", "uniform"))

@@ -1,0 +1,227 @@
+"""Samplers against diffusers: full loops with the same noise, and the known sums of its tests."""
+
+import math
+
+import pytest
+import torch
+from test_sampler import sample
+from torch import Tensor
+
+import gmkernels
+from gmkernels import Sampler, Schedule
+from gmkernels.spec import filled
+
+
+def dummy_net(x: Tensor, t: float) -> Tensor:
+    """The model of diffusers' scheduler tests."""
+    return x * t / (t + 1)
+
+
+def dummy_sample() -> Tensor:
+    """Their sample."""
+    return (torch.arange(768) / 768).reshape(3, 8, 8, 4).permute(3, 0, 1, 2).contiguous()
+
+
+@pytest.mark.parametrize(("kind", "total"), [("epsilon", 258.9606), ("v_prediction", 202.0296)])
+def test_known_sum_of_ddpm(kind, total):
+    sampler = Sampler.ddpm(Schedule.linear(), prediction_type=kind)
+    generator = torch.manual_seed(0)
+    x = sample(
+        dummy_sample(),
+        sampler,
+        dummy_net,
+        lambda i: torch.randn((4, 3, 8, 8), generator=generator),
+        clip=1.0,
+    )
+    assert x.abs().sum().item() == pytest.approx(total, abs=1e-2)
+
+
+@pytest.mark.parametrize(("kind", "total"), [("epsilon", 172.0067), ("v_prediction", 52.5302)])
+def test_known_sum_of_ddim(kind, total):
+    sampler = Sampler.ddim(Schedule.linear(), 10, prediction_type=kind)
+    x = sample(dummy_sample(), sampler, dummy_net, clip=1.0)
+    assert x.abs().sum().item() == pytest.approx(total, abs=1e-2)
+
+
+def test_known_sum_of_edm_euler():
+    schedule = Schedule.karras(10)
+    sampler = Sampler.euler(schedule, 10, prediction_type="edm", spacing="leading")
+
+    def net(x: Tensor, t: float) -> Tensor:
+        sigma = schedule.sigma[int(t)].item()
+        return dummy_net(x / math.sqrt(sigma**2 + 0.25), 0.25 * math.log(sigma))
+
+    x = sample(dummy_sample() * math.sqrt(80.0**2 + 1), sampler, net)
+    assert x.abs().sum().item() == pytest.approx(34.1855, abs=1e-3)
+
+
+def net_of(dtype: torch.dtype):
+    weight = torch.linspace(0.2, 0.9, 5 * 6 * 7, dtype=dtype).view(1, 5, 6, 7)
+    return lambda x, t: torch.tanh(x * weight) * (0.5 + t / 2000)
+
+
+def given(dtype: torch.dtype, steps: int):
+    x = filled((3, 5, 6, 7), dtype, "cpu", 0)
+    return x, [filled(x.shape, dtype, "cpu", 1 + i) for i in range(steps)]
+
+
+def theirs_loop(theirs, net, x: Tensor, noise: list[Tensor], monkeypatch, module: str, **options):
+    drawn = iter(noise)
+    monkeypatch.setattr(
+        f"diffusers.schedulers.{module}.randn_tensor",
+        lambda *a, **k: next(drawn).clone(),
+        raising=False,
+    )
+    for t in theirs.timesteps:
+        scaled = theirs.scale_model_input(x, t)
+        x = theirs.step(net(scaled, t.item()), t, x, **options).prev_sample
+    return x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("limit", [{}, {"clip": 0.8}, {"dynamic_threshold": (0.9, 1.5)}])
+def test_ddpm_is_that_of_diffusers(limit, kind, variance, spacing, dtype, monkeypatch):
+    diffusers = pytest.importorskip("diffusers")
+    schedule, steps = Schedule.linear(), 7
+    theirs = diffusers.DDPMScheduler(
+        prediction_type=kind,
+        variance_type=variance,
+        timestep_spacing=spacing,
+        clip_sample="clip" in limit,
+        clip_sample_range=limit.get("clip", 1.0),
+        thresholding="dynamic_threshold" in limit,
+        dynamic_thresholding_ratio=limit.get("dynamic_threshold", (0.9,))[0],
+        sample_max_value=1.5,
+    )
+    theirs.set_timesteps(steps)
+    theirs.alphas_cumprod = schedule.levels64[:, 0].square().to(dtype)
+    sampler = Sampler.ddpm(
+        schedule, steps, variance=variance, prediction_type=kind, spacing=spacing
+    )
+    assert sampler.times.tolist() == theirs.timesteps.tolist()
+    x, noise = given(dtype, steps)
+    noise[-1].zero_()  # theirs noises the last x where its time is not 0
+    want = theirs_loop(theirs, net_of(dtype), x, noise, monkeypatch, "scheduling_ddpm")
+    got = sample(x, sampler, net_of(dtype), noise.__getitem__, **limit)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-10
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * want.abs().max().item())
+
+
+def test_learned_range_is_that_of_diffusers(monkeypatch):
+    diffusers = pytest.importorskip("diffusers")
+    schedule, dtype, steps = Schedule.linear(), torch.float64, 6
+    theirs = diffusers.DDPMScheduler(variance_type="learned_range", clip_sample=False)
+    theirs.set_timesteps(steps)
+    theirs.alphas_cumprod = schedule.levels64[:, 0].square()
+    sampler = Sampler.ddpm(schedule, steps, variance="learned_range")
+    x, noise = given(dtype, steps)
+    net = net_of(dtype)
+
+    def both(x: Tensor, t: float) -> Tensor:
+        return torch.cat([net(x, t), torch.sin(3 * x)], 1)
+
+    want = theirs_loop(theirs, both, x, noise, monkeypatch, "scheduling_ddpm")
+    for i, t in enumerate(sampler.times.tolist()):
+        p, v = both(x, t).chunk(2, 1)
+        x = gmkernels.ddpm_step(x, p, i, sampler, variance=v, eps=noise[i])
+    torch.testing.assert_close(x, want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("rederive", [False, True])
+@pytest.mark.parametrize("limit", [{}, {"clip": 0.8}, {"dynamic_threshold": (0.9, 1.5)}])
+def test_ddim_is_that_of_diffusers(limit, rederive, kind, eta, spacing, dtype, monkeypatch):
+    diffusers = pytest.importorskip("diffusers")
+    schedule, steps = Schedule.linear(), 8
+    theirs = diffusers.DDIMScheduler(
+        prediction_type=kind,
+        timestep_spacing=spacing,
+        clip_sample="clip" in limit,
+        clip_sample_range=limit.get("clip", 1.0),
+        thresholding="dynamic_threshold" in limit,
+        dynamic_thresholding_ratio=limit.get("dynamic_threshold", (0.9,))[0],
+        sample_max_value=1.5,
+    )
+    theirs.set_timesteps(steps)
+    theirs.alphas_cumprod = schedule.levels64[:, 0].square().to(dtype)
+    theirs.final_alpha_cumprod = theirs.final_alpha_cumprod.to(dtype)
+    sampler = Sampler.ddim(
+        schedule,
+        steps,
+        eta=eta,
+        prediction_type=kind,
+        spacing=spacing,
+        rederive_epsilon=rederive,
+    )
+    assert sampler.times.tolist() == theirs.timesteps.tolist()
+    x, noise = given(dtype, steps)
+    options = {"eta": eta, "use_clipped_model_output": rederive}
+    want = theirs_loop(theirs, net_of(dtype), x, noise, monkeypatch, "scheduling_ddim", **options)
+    got = sample(x, sampler, net_of(dtype), noise.__getitem__, **limit)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-10
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * want.abs().max().item())
+
+
+PEERS = {
+    "euler": ("EulerDiscreteScheduler", "scheduling_euler_discrete"),
+    "euler_ancestral": (
+        "EulerAncestralDiscreteScheduler",
+        "scheduling_euler_ancestral_discrete",
+    ),
+    "heun": ("HeunDiscreteScheduler", "scheduling_heun_discrete"),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", "scheduling_dpmsolver_multistep"),
+}
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace", "karras"])
+@pytest.mark.parametrize("name", PEERS)
+def test_others_are_those_of_diffusers(name, spacing, kind, monkeypatch):
+    """In float32 alone: these schedulers cast to it. Theirs run on x / alpha but for dpmpp_2m."""
+    diffusers = pytest.importorskip("diffusers")
+    if name == "dpmpp_2m" and spacing == "leading":
+        pytest.skip("theirs counts times otherwise there")
+    if kind == "sample" and name in ("euler", "euler_ancestral"):
+        pytest.skip("theirs does not know it")
+    if name == "euler_ancestral" and spacing == "karras":
+        pytest.skip("theirs does not know it")
+    schedule, steps = Schedule.scaled_linear(), 8
+    config = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    if spacing == "karras":
+        config["use_karras_sigmas"] = True
+    config["timestep_spacing"] = "linspace" if spacing == "karras" else spacing
+    peer, module = PEERS[name]
+    theirs = getattr(diffusers, peer)(prediction_type=kind, **config)
+    theirs.set_timesteps(steps)
+    sampler = getattr(Sampler, name)(schedule, steps, prediction_type=kind, spacing=spacing)
+    x, noise = given(torch.float32, steps)
+    net = net_of(torch.float32)
+    scale = 1.0 if name == "dpmpp_2m" else 1 / sampler.alpha[0].item()
+    times = iter(theirs.timesteps.tolist())
+    # Both sides see the same times: interpolated ones differ in the last digits.
+    got = sample(x, sampler, lambda x, t: net(x, next(times)), noise.__getitem__)
+    want = theirs_loop(theirs, net, x * scale, noise, monkeypatch, module)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-5 * want.abs().max().item())
+
+
+def test_flow_euler_is_that_of_diffusers():
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    schedule, steps = Schedule.flow_matching(shift=3.0), 10
+    sampler = Sampler.flow_euler(schedule, steps)
+    theirs.set_timesteps(sigmas=schedule.levels64[sampler.times.long(), 1].tolist())
+    # theirs shifts the sigmas that it is given once more
+    theirs.sigmas = torch.cat([sampler.sigma[:-1], torch.zeros(1)])
+    x, _ = given(torch.float32, 0)
+    net = net_of(torch.float32)
+    got = sample(x, sampler, lambda x, t: net(x, 1000 * schedule.sigma[int(t)].item()))
+    for i, t in enumerate(theirs.timesteps):
+        p = net(x, 1000 * sampler.sigma[i].item())
+        x = theirs.step(p, t, x).prev_sample
+    torch.testing.assert_close(got, x, rtol=1e-5, atol=1e-5)
