@@ -125,7 +125,7 @@ def stamp(device: str) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return {
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "versions": "; ".join(versions),
         "machine": machine(device),
@@ -133,7 +133,9 @@ def stamp(device: str) -> dict[str, str]:
     }
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The commit of the checkout, with a mark if tracked files differ from it."""
+
     def git(*args: str) -> str:
         return subprocess.run(
             ["git", *args], cwd=ROOT, capture_output=True, text=True, check=True

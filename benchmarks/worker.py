@@ -67,7 +67,7 @@ def run(plan: Plan, connection: Any) -> None:
             benchmark = next(b for b in op.benchmarks if b.name == benchmark_name)
             measure(plan, f"{op_name}, {benchmark_name}", row(plan, op, benchmark), send)
         for step in model_steps.MODEL_STEPS if plan.models else ():
-            measure(plan, f"{step.name} step", model(plan, step), send)
+            measure(plan, f"{step.name} {step.kind}", model(plan, step), send)
     send("end", None)
 
 
@@ -128,12 +128,12 @@ def _side(op_name: str, benchmark_name: str, device: str, name: str) -> Side:
 
 
 def model(plan: Plan, step: model_steps.ModelStep) -> Iterator[Record]:
-    """The records of one model's training step."""
+    """The records of one model's training step or sample."""
     blank = functools.partial(
         Record,
         isa=_isa(plan),
         regime=plan.regime,
-        op=f"{step.name} training step",
+        op=f"{step.name} {step.kind}",
         case=step.case,
         dtype="float32",
         direction="step",

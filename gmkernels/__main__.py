@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 
 from gmkernels import checkpoint, data, noise, train
+from gmkernels.models import sampling
 
 DEFAULTS: dict[str, Any] = {
     "data": "digits",
@@ -88,7 +89,7 @@ def _threads(images: data.Images, batch_size: int) -> int:
 
 def _new_config(args: argparse.Namespace) -> tuple[train.Config, data.Images]:
     chosen = {name: getattr(args, name) for name in DEFAULTS if getattr(args, name) is not None}
-    settings = DEFAULTS | chosen
+    settings = DEFAULTS | train.RECIPES[args.model].defaults | chosen
     options = parse_options(train.RECIPES[args.model].build, args.option)
     images = data.images(settings["data"])
     config = train.Config(
@@ -172,7 +173,21 @@ def prepare_sample(args: argparse.Namespace) -> Callable[[], None]:
     if not args.out.parent.is_dir():
         raise ValueError(f"--out: the folder {args.out.parent} must exist; make it first")
     config, model = train.load(args.run)
-    images = train.sample(config, model, args.n, args.seed)
+    names = {"sampler": args.sampler, "steps": args.steps, "label": args.label}
+    options = {name: value for name, value in names.items() if value is not None}
+    if args.guidance is not None:
+        options["guidance"] = args.guidance
+    if options and not train.RECIPES[config.model].labelled:
+        raise ValueError(
+            f"--sampler, --steps, --class and --guidance are for diffusion models; {args.run} "
+            f"holds a {config.model}"
+        )
+    classes = config.options.get("classes", 0)
+    if args.label is not None and not 0 <= args.label < classes:
+        raise ValueError(f"--class must lie in [0, {classes}), got {args.label}")
+    if args.guidance not in (None, 1.0) and args.label is None:
+        raise ValueError("--guidance needs --class: it weighs the class against no class")
+    images = train.sample(config, model, args.n, args.seed, **options)
     return lambda: train.save_grid(args.out, images)
 
 
@@ -217,6 +232,10 @@ def _parser() -> Parser:
     draw.add_argument("run", type=Path, help="folder of the run")
     draw.add_argument("--n", type=_count, default=64, help="how many")
     draw.add_argument("--seed", type=_seed, default=0)
+    draw.add_argument("--sampler", choices=sorted(sampling.STEPS), help="of a diffusion model")
+    draw.add_argument("--steps", type=_count, help="of the sampler (default 50)")
+    draw.add_argument("--class", dest="label", type=int, metavar="CLASS", help="what to draw")
+    draw.add_argument("--guidance", type=_number, help="weight of the class (default 1)")
     draw.add_argument("--out", type=Path, required=True, help="a .png file")
     return parser
 

@@ -59,6 +59,13 @@ if extension is None:
         RuntimeWarning,
         stacklevel=3,
     )
+if triton is None:
+    warnings.warn(
+        f"gmkernels: {_triton_reason}; C++ or plain PyTorch run instead. "
+        "GPU kernels need it where this build has no CUDA: pip install triton",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 def load_family(package: str, ops: tuple[str, ...]) -> None:

@@ -102,6 +102,14 @@ class Sampler(nn.Module):
         """Noise level of each point of the path."""
         return self.levels[:, 1]
 
+    def column(self, name: str) -> Tensor:
+        """One column of the table, [S] float32; names as in ops/diffusion_step/reference.py."""
+        return self.table[:, COLUMNS.index(name)]
+
+    def level_of(self, i: int) -> Tensor:
+        """(alpha, sigma) where evaluation i takes place, [2]."""
+        return self.levels[(i + 1) // 2 if self.name == "heun" else i]
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Sampler":
         # A module's .to(dtype), .half() and the like reach here: only the device may change.
         device = fn(torch.empty(0, device=self.table.device)).device

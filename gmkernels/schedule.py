@@ -225,22 +225,26 @@ class Schedule(nn.Module):
         (sigma sigma_data)^2 with sigma / alpha for sigma (edm: Karras et al. 2022). An error of
         another type is the error of x0 times a number that depends on t alone.
         """
-        a, s = levels[:, 0], levels[:, 1]
-        one = torch.ones_like(a)
         if weighting == "uniform":
-            return one
-        # by_a = a^2 / e^2, by_s = s^2 / e^2, e x0's error for a unit error of the prediction, / s.
-        by_a, by_s = {
-            "epsilon": (one, (s / a).square()),
-            "sample": ((a / s).square(), one),
-            "v_prediction": ((a / (a * a + s * s)).square(), (s / (a * a + s * s)).square()),
-            "flow_prediction": ((a / (a + s)).square(), (s / (a + s)).square()),
-        }[prediction_type]
+            return torch.ones_like(levels[:, 0])
+        by_a, by_s = self.slopes(levels, prediction_type)
         if weighting == "snr":
             return by_a
         if weighting == "min_snr":
             return torch.minimum(by_a, gamma * by_s)
         return by_a + by_s / sigma_data**2
+
+    @staticmethod
+    def slopes(levels: Tensor, prediction_type: str) -> tuple[Tensor, Tensor]:
+        """The square error of x0 for a unit one of the prediction, times (a / s)^2, and itself."""
+        a, s = levels[:, 0], levels[:, 1]
+        one = torch.ones_like(a)
+        return {
+            "epsilon": (one, (s / a).square()),
+            "sample": ((a / s).square(), one),
+            "v_prediction": ((a / (a * a + s * s)).square(), (s / (a * a + s * s)).square()),
+            "flow_prediction": ((a / (a + s)).square(), (s / (a + s)).square()),
+        }[prediction_type]
 
     def table(
         self,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from gmkernels import checkpoint, data, noise
-from gmkernels.models import vae
+from gmkernels.models import image_diffusion, vae
 
 CONFIG, METRICS, CHECKPOINT, SAMPLES = (
     "config.json",
@@ -42,13 +42,26 @@ class Recipe:
         build: (pixels, levels, **options) -> the model; its keyword arguments are --option names.
             The model has loss(x, seed=), sample(n, seed=) and `takes`, "levels" or "unit".
         nll: (model, x, key) -> [B] nats, -log p(x) or an upper bound of it.
+        labelled: loss() takes label= too, and sample() label= and guidance=.
+        defaults: settings of the run (steps, lr, ...) that suit this model better.
     """
 
     build: Callable[..., nn.Module]
     nll: Callable[[Any, Tensor, Tensor], Tensor]
+    labelled: bool = False
+    defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-RECIPES = {"vae": Recipe(vae.image_vae, lambda model, x, key: -model.elbo(x, seed=key))}
+def _bound(model: Any, x: Tensor, key: Tensor) -> Tensor:
+    return model.vlb(x, seed=key).nats
+
+
+_DIFFUSION = {"lr": 2e-3, "every": 1000, "weight_decay": 1e-3}
+RECIPES = {
+    "vae": Recipe(vae.image_vae, lambda model, x, key: -model.elbo(x, seed=key)),
+    "diffusion": Recipe(image_diffusion.image_diffusion, _bound, True, _DIFFUSION),
+    "flow_matching": Recipe(image_diffusion.image_flow_matching, _bound, True, _DIFFUSION),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,11 +134,16 @@ def learning_rate(config: Config, step: int) -> float:
 
 
 def training_step(
-    model: Any, optimizer: torch.optim.Optimizer, x: Tensor, *, seed: noise.Seed = None
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    x: Tensor,
+    *,
+    seed: noise.Seed = None,
+    **conditions: Tensor,
 ) -> Tensor:
     """One update on a batch x; returns the loss, a scalar tensor, detached."""
     optimizer.zero_grad()
-    loss = model.loss(x, seed=seed)
+    loss = model.loss(x, seed=seed, **conditions)
     loss.backward()
     optimizer.step()
     return loss.detach()
@@ -174,7 +192,9 @@ def fit(run: Path, config: Config, model: Any, images: data.Images) -> float:
             torch.manual_seed(int(key[0]))
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
-            total += training_step(model, optimizer, x, seed=key)
+            total += training_step(
+                model, optimizer, x, seed=key, **_labels(config, images.train_labels, index)
+            )
             bar.update()
             done = step + 1
             if done % config.every == 0 or done == config.steps:
@@ -195,9 +215,12 @@ def fit(run: Path, config: Config, model: Any, images: data.Images) -> float:
 
 
 @torch.no_grad()
-def sample(config: Config, model: Any, n: int, seed: noise.Seed) -> Tensor:
-    """n samples of a model in eval mode as pictures, [n, height, width] in [0, 1], on the CPU."""
-    x = model.sample(n, seed=seed).float()
+def sample(config: Config, model: Any, n: int, seed: noise.Seed, **options: Any) -> Tensor:
+    """n samples of a model in eval mode as pictures, [n, height, width] in [0, 1], on the CPU.
+
+    options: of the model's sample(): label, guidance, sampler, steps.
+    """
+    x = model.sample(n, seed=seed, **options).float()
     if model.takes == "levels":
         x = x / (config.levels - 1)
     return x.clamp(0, 1).view(n, config.height, config.width).cpu()
@@ -235,6 +258,13 @@ def _fold(config: Config, use: int) -> Tensor:
 def _input(config: Config, model: Any, images: data.Images, x: Tensor) -> Tensor:
     x = x.to(config.device)
     return x.long() if model.takes == "levels" else images.unit(x)
+
+
+def _labels(config: Config, labels: Tensor | None, index: Tensor) -> dict[str, Tensor]:
+    """The batch's labels where the model takes them and the data have them."""
+    if labels is None or not RECIPES[config.model].labelled or not config.options["classes"]:
+        return {}
+    return {"label": labels[index].to(config.device)}
 
 
 def _write_metrics(run: Path, rows: list[list[float]]) -> None:

@@ -81,7 +81,7 @@ static Three sampler_step_forward(const Tensor& x, const Tensor& predicted,
     return {x_next, x0c, h};
   }
   const DiffusionStepTable& kernels = select_diffusion_step_table();
-  if (a.ratio > 0 && layout.columns > 0) {
+  if (a.ratio > 0) {
     torch::stable::parallel_for(
         0, layout.rows, 1, [&](int64_t begin, int64_t end) { kernels.threshold(a, begin, end); });
   }

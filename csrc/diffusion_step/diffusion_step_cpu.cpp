@@ -26,6 +26,10 @@ static inline const float* prediction_block(const DiffusionStepArgs& a, int64_t 
 static void threshold(const DiffusionStepArgs& a, int64_t begin, int64_t end) {
   std::vector<float> sizes(a.columns);
   for (int64_t row = begin; row < end; ++row) {
+    if (a.columns == 0) {
+      a.h[row] = 1.0f;
+      continue;
+    }
     const StepCoefficients r = read_step(a.steps, row);
     bool has_nan = false;
     for_blocks(0, a.columns, [&](int64_t at, int64_t n) {
@@ -105,29 +109,38 @@ static void finish(const DiffusionStepArgs& a, const StepCoefficients& r, const 
   close_block(a.x_next, row, at, n, converted);
 }
 
-template <bool kClip, bool kMore>
+// What a step adds to its sum of x, x0 and p: nothing, noise of one scale, or anything.
+enum class More { nothing, noise, anything };
+
+template <bool kClip, More kMore>
 static void forward_block(const DiffusionStepArgs& a, const StepCoefficients& r, const Range& range,
                           const NoiseKey& key, int64_t row, int64_t at, int64_t n) {
-  Buffer buffers[4];
+  Buffer buffers[5];
   const float* x = load_block(a.x, row, at, n, buffers[0]);
   const float* p = prediction_block(a, row, at, n, buffers[1]);
+  constexpr bool kNoise = kMore == More::noise;
+  const float* eps = kNoise ? noise_block(a, key, row, at, n, buffers[4]) : x;
   const Out denoised = open_block(a.denoised, row, at, buffers[2]);
-  // The sum so far; x' itself where there is nothing to add.
-  const Out y = kMore ? Out{buffers[3].data, false} : open_block(a.x_next, row, at, buffers[3]);
+  // The sum so far where finish() has more to add, else x'.
+  const Out y = kMore == More::anything ? Out{buffers[3].data, false}
+                                        : open_block(a.x_next, row, at, buffers[3]);
   for_vectors(n, [&](auto lane, int64_t i) {
     using F = decltype(lane);
     const F xi = load<F>(x + i), pi = load<F>(p + i);
+    F sum;
     if constexpr (kClip) {
       const F x0 = clamped(mix(r.A, xi, r.B, pi), range.h, range.by_h);
-      put<F>(y, i, fma(splat<F>(r.f), x0, mix(r.e, xi, r.k, pi)));
+      sum = fma(splat<F>(r.f), x0, mix(r.e, xi, r.k, pi));
       if (a.denoised.data) put<F>(denoised, i, x0);
     } else {
-      put<F>(y, i, mix(r.x_direct, xi, r.p_direct, pi));
+      sum = mix(r.x_direct, xi, r.p_direct, pi);
       if (a.denoised.data) put<F>(denoised, i, mix(r.A, xi, r.B, pi));
     }
+    if constexpr (kNoise) sum = fma(splat<F>(r.s), load<F>(eps + i), sum);
+    put<F>(y, i, sum);
   });
   close_block(a.denoised, row, at, n, buffers[2]);
-  if constexpr (kMore) {
+  if constexpr (kMore == More::anything) {
     finish(a, r, key, row, at, n, buffers[3].data);
   } else {
     close_block(a.x_next, row, at, n, buffers[3]);
@@ -146,7 +159,7 @@ static inline void for_step_blocks(const DiffusionStepArgs& a, int64_t begin, in
   });
 }
 
-template <bool kClip, bool kMore>
+template <bool kClip, More kMore>
 static void forward_tasks(const DiffusionStepArgs& a, int64_t begin, int64_t end) {
   for_step_blocks(
       a, begin, end,
@@ -154,13 +167,17 @@ static void forward_tasks(const DiffusionStepArgs& a, int64_t begin, int64_t end
           int64_t at, int64_t n) { forward_block<kClip, kMore>(a, r, range, key, row, at, n); });
 }
 
-static void forward(const DiffusionStepArgs& a, int64_t begin, int64_t end) {
-  const bool more = a.previous.data || a.noisy;
-  if (a.clips()) {
-    more ? forward_tasks<true, true>(a, begin, end) : forward_tasks<true, false>(a, begin, end);
-  } else {
-    more ? forward_tasks<false, true>(a, begin, end) : forward_tasks<false, false>(a, begin, end);
+template <bool kClip>
+static void forward_clip(const DiffusionStepArgs& a, int64_t begin, int64_t end) {
+  if (a.previous.data || a.variance.data) {
+    return forward_tasks<kClip, More::anything>(a, begin, end);
   }
+  a.noisy ? forward_tasks<kClip, More::noise>(a, begin, end)
+          : forward_tasks<kClip, More::nothing>(a, begin, end);
+}
+
+static void forward(const DiffusionStepArgs& a, int64_t begin, int64_t end) {
+  a.clips() ? forward_clip<true>(a, begin, end) : forward_clip<false>(a, begin, end);
 }
 
 // result = by x

@@ -1,7 +1,9 @@
 """Rows of the diffusion_step family: seven ops on one kernel."""
 
 import functools
+import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -120,6 +122,55 @@ _EPS = (
     Case("eps_mixed", "mixed", (5, 37), {"eps": True, "mixed": True, "clip": 0.7}),
 )
 _IMAGES = (256, 3, 64, 64)
+_PEERS = {
+    "ddpm": "DDPMScheduler",
+    "ddim": "DDIMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_ancestral": "EulerAncestralDiscreteScheduler",
+    "dpmpp_2m": "DPMSolverMultistepScheduler",
+}
+
+
+def _diffusers_step(name: str) -> dict[str, Callable[..., Any]]:
+    """diffusers' step on the same path, where it is installed and knows the sampler."""
+    if name not in _PEERS or find_spec("diffusers") is None:
+        return {}
+
+    @functools.cache
+    def scheduler() -> Any:
+        import diffusers
+
+        made = getattr(diffusers, _PEERS[name])()
+        made.set_timesteps(STEPS)
+        made.register_to_config(clip_sample=name == "ddpm")
+        return made
+
+    def step(
+        x: Tensor,
+        prediction: Tensor,
+        i: int,
+        sampler: Sampler,
+        *,
+        unconditional: Tensor | None = None,
+        guidance: float = 1.0,
+        eps: Tensor | None = None,
+        **ours: Any,
+    ) -> Tensor:
+        theirs = scheduler()
+        theirs._step_index = None  # it counts its own calls; here step i comes again and again
+        if unconditional is not None:
+            prediction = unconditional + guidance * (prediction - unconditional)
+        extra = {"eta": float(sampler.noisy)} if name == "ddim" else {}
+        module = sys.modules[type(theirs).__module__]
+        drawn = vars(module).get("randn_tensor")
+        if eps is not None:
+            vars(module)["randn_tensor"] = lambda *args, **kwargs: eps
+        try:
+            return theirs.step(prediction, theirs.timesteps[i], x, **extra).prev_sample
+        finally:
+            vars(module)["randn_tensor"] = drawn
+
+    return {"diffusers": step}
 
 
 def _row(
@@ -131,13 +182,13 @@ def _row(
     noisy: bool = False,
     options: dict[str, Any] | None = None,
     benchmarks: tuple[Benchmark, ...] = (),
-    peers: dict[str, Callable[..., Any]] | None = None,
 ) -> Op:
     previous = name in ("heun", "dpmpp_2m")
     timed = {"step": 4, **(options or {})}
     images = Case("256x3x64x64", "large", _IMAGES, timed)
     given = Case("256x3x64x64, eps given", "large", _IMAGES, {**timed, "eps": True})
-    twins = (Benchmark("step, eps given", given, headline=name == "ddpm", eager_eps=True),)
+    first = name in ("ddpm", "ddim")
+    twins = (Benchmark("step, eps given", given, headline=first, eager_eps=True),)
     return Op(
         name=f"{name}_step",
         family="diffusion_step",
@@ -147,7 +198,7 @@ def _row(
         inputs=functools.partial(_inputs, name=name),
         cases=(*_SHAPES, *(_EPS if noisy else ()), *cases),
         benchmarks=(
-            Benchmark("step", images, headline=True),
+            Benchmark("step", images, headline=first),
             *(twins if noisy else ()),
             *benchmarks,
         ),
@@ -157,10 +208,11 @@ def _row(
         noisy=noisy,
         noise=_noise,
         operator="sampler_step",
-        peers=peers or {},
+        peers=_diffusers_step(name),
     )
 
 
+_PLAIN = Case("256x3x64x64 eta 0", "large", _IMAGES, {"step": 4})
 _GUIDED = {"step": 4, "unconditional": 1, "guidance": 3.0}
 OPS = (
     _row(
@@ -203,7 +255,11 @@ OPS = (
         noisy=True,
         options={"eta": 1.0},
         benchmarks=(
-            Benchmark("step eta 0", Case("256x3x64x64 eta 0", "large", _IMAGES, {"step": 4})),
+            Benchmark(
+                "step eta 0",
+                Case("256x3x64x64 eta 0", "large", _IMAGES, {"step": 4}),
+                headline=True,
+            ),
             Benchmark("step guided", Case("256x3x64x64 guided", "large", _IMAGES, _GUIDED)),
             Benchmark("step latents", Case("1x4x64x64", "large", (1, 4, 64, 64), {"step": 4})),
         ),

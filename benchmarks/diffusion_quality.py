@@ -1,0 +1,143 @@
+"""What diffusion models draw, measured: `python -m benchmarks.diffusion_quality [--run FOLDER]`.
+
+2-D: a network trained on a ring of 8 Gaussians, 10,000 samples by each sampler, their sliced
+Wasserstein-1 distance to 10,000 fresh points of the ring; beside it the distance of two fresh sets.
+Digits (with --run, a run of `train diffusion --data digits`): 100 samples of each class over the
+guidance scale: the share that a logistic regression trained on the real train digits assigns to the
+class that was asked for, beside its rate on the real test digits; and precision and recall by
+k-nearest neighbours (Kynkaanniemi et al. 2019, k = 3) against the real test digits, on pixels.
+
+Writes diffusion-quality.csv to --out (build/bench unless given).
+"""
+
+import argparse
+import csv
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.probes import commit
+from gmkernels import Schedule, checkpoint, data, noise, toys, train
+from gmkernels.models.diffusion import Diffusion
+from gmkernels.models.edm import EDM
+from gmkernels.models.nets import MLP
+
+POINTS = 10_000
+GUIDANCE = (0.0, 1.0, 1.5, 2.0, 3.0, 5.0)
+COLUMNS = ("data", "model", "sampler", "evaluations", "guidance", "measure", "value", "commit")
+
+
+def sliced_wasserstein(x: Tensor, y: Tensor, directions: int = 200) -> float:
+    """Mean Wasserstein-1 distance of projections of two sets of equal size."""
+    angle = torch.arange(directions) * (torch.pi / directions)
+    axes = torch.stack([angle.cos(), angle.sin()])
+    return float(((x @ axes).sort(0).values - (y @ axes).sort(0).values).abs().mean())
+
+
+def nearest(x: Tensor, k: int) -> Tensor:
+    """Distance of each point to its k-th nearest neighbour in the same set."""
+    return torch.cdist(x, x).kthvalue(k + 1, 1).values
+
+
+def covered(x: Tensor, by: Tensor, k: int = 3) -> float:
+    """Share of x within the k-nearest-neighbour ball of some point of `by`."""
+    return float((torch.cdist(x, by) <= nearest(by, k)).any(1).float().mean())
+
+
+def ring_model(kind: str, steps: int = 4000) -> Diffusion:
+    """A model of the ring: "diffusion", "flow_matching" or "edm"."""
+    torch.manual_seed(0)
+    made: dict[str, Any] = {
+        "diffusion": lambda: Diffusion(
+            MLP(2, time_scale=1.0), Schedule.linear(), (2,), prediction_type="v_prediction"
+        ),
+        "flow_matching": lambda: Diffusion(
+            MLP(2, time_scale=1.0),
+            Schedule.flow_matching(),
+            (2,),
+            prediction_type="flow_prediction",
+        ),
+        "edm": lambda: EDM(
+            MLP(2, time_scale=100.0), Schedule.karras(18), (2,), sigma_data=1.4, mean=-1.0
+        ),
+    }
+    model = made[kind]()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, fused=True)
+    rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(steps):
+        x = toys.ring(512, seed=noise.fold_in(noise.key(1), step), std=0.1)
+        train.training_step(model, optimizer, x, seed=noise.fold_in(noise.key(2), step))
+        rate.step()
+    return model.eval()
+
+
+def ring_rows() -> Iterator[tuple[Any, ...]]:
+    """Distances of each model and sampler on the ring."""
+    real, other = (toys.ring(POINTS, seed=seed, std=0.1) for seed in (11, 12))
+    measure = "sliced Wasserstein-1"
+    yield "ring", "fresh data", "", "", "", measure, sliced_wasserstein(other, real)
+    model = ring_model("diffusion")
+    for name, steps in (
+        ("ddpm", 1000),
+        ("ddpm", 50),
+        ("ddim", 50),
+        ("euler", 50),
+        ("euler_ancestral", 50),
+        ("heun", 25),
+        ("dpmpp_2m", 25),
+    ):
+        path = model.sampler(name, steps, spacing="trailing")
+        x = model.sample(POINTS, sampler=path, seed=13)
+        yield "ring", "diffusion", name, len(path), "", measure, sliced_wasserstein(x, real)
+    model = ring_model("flow_matching")
+    path = model.sampler("flow_euler", 50)
+    x = model.sample(POINTS, sampler=path, seed=13)
+    yield "ring", "flow_matching", "flow_euler", 50, "", measure, sliced_wasserstein(x, real)
+    model = ring_model("edm")
+    path = model.sampler("heun", 18, spacing="leading")
+    x = model.sample(POINTS, sampler=path, seed=13)
+    yield "ring", "edm", "heun", len(path), "", measure, sliced_wasserstein(x, real)
+
+
+def digit_rows(run: Path) -> Iterator[tuple[Any, ...]]:
+    """Agreement with the class and coverage over the guidance scale."""
+    from sklearn.linear_model import LogisticRegression
+
+    _, model = train.load(run)
+    images = data.digits()
+    judge = LogisticRegression(max_iter=5000).fit(images.train / 16, images.train_labels)
+    real = images.test / 16
+    asked = torch.arange(10).repeat_interleave(100)
+    rate = judge.score(real, images.test_labels)
+    yield "digits", "real test digits", "", "", "", "assigned to their class", rate
+    for guidance in GUIDANCE:
+        x = model.sample(1000, label=asked, guidance=guidance, steps=50, seed=5)
+        flat = x.flatten(1) / 16
+        found = ("digits", "diffusion", "ddim", 50 if guidance == 1.0 else 100, guidance)
+        yield *found, "assigned to their class", judge.score(flat, asked)
+        yield *found, "precision (k = 3)", covered(flat, real)
+        yield *found, "recall (k = 3)", covered(real, flat)
+
+
+def main() -> None:
+    """Prints and writes every row."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", type=Path, help="a run of train diffusion --data digits")
+    parser.add_argument("--out", type=Path, default=Path("build/bench"))
+    args = parser.parse_args()
+    rows: list[tuple[Any, ...]] = []
+    for row in (*(digit_rows(args.run) if args.run else ()), *ring_rows()):
+        rows.append((*row[:-1], f"{row[-1]:.4f}", commit()))
+        print(*rows[-1], sep=", ", flush=True)
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([COLUMNS, *rows])
+    args.out.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_atomically(args.out / "diffusion-quality.csv", text.getvalue().encode())
+
+
+if __name__ == "__main__":
+    main()
