@@ -19,6 +19,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -197,11 +198,13 @@ def main() -> int:
     sources = sorted((cuda_check.ROOT / "csrc").glob("*/*_cuda.cu"))
     builds = [(source, arch) for source in sources for arch in cuda_check.ARCHS]
     if names is None and shutil.which("nvcc"):
-        for source, arch in track(builds, "CUDA C++", console=console):
-            try:
-                lines += report_cuda(source, arch)
-            except RuntimeError as error:
-                faults.append(str(error))
+        with ThreadPoolExecutor(2) as pool:
+            jobs = [pool.submit(report_cuda, *build) for build in builds]
+            for job in track(jobs, "CUDA C++", console=console):
+                try:
+                    lines += job.result()
+                except RuntimeError as error:
+                    faults.append(str(error))
     show(lines, console)
     OUT.parent.mkdir(exist_ok=True)
     with OUT.open("w", newline="") as file:

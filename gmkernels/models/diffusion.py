@@ -148,11 +148,18 @@ class Diffusion(nn.Module):
         return -self.vlb(x, seed=seed, **conditions).nats
 
     def sampler(self, name: str = "ddim", steps: int | None = None, **options: Any) -> Sampler:
-        """The sampler of that name for this model, on its device; options as in Sampler."""
+        """The sampler of that name for this model, on its device; options as in Sampler.
+
+        DDIM derives eps from the clamped x0 unless told otherwise: with guidance, eps beside an x0
+        that was clamped away from it leaves the data (digits at guidance 2: 15 % of the samples
+        show the class that was asked for, 100 % so).
+        """
         steps = min(50, len(self.schedule)) if steps is None else steps
         if name not in sampling.STEPS:
             raise ValueError(f"sampler must be one of {', '.join(sampling.STEPS)}, got {name!r}")
         options = {"prediction_type": self.prediction_type, **options}
+        if name == "ddim":
+            options.setdefault("rederive_epsilon", True)
         return getattr(Sampler, name)(self.schedule, steps, **options).to(self.device)
 
     @property
