@@ -255,7 +255,7 @@ OPS = (
         inputs=noising_inputs,
         cases=(*CASES, *_TYPES),
         benchmarks=(
-            Benchmark("forward v_prediction", _IMAGES_V, headline=True),
+            Benchmark("forward v_prediction", _IMAGES_V),
             Benchmark(
                 "forward v_prediction, eps given",
                 Case(

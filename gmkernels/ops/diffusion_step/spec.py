@@ -188,7 +188,7 @@ def _row(
     images = Case("256x3x64x64", "large", _IMAGES, timed)
     given = Case("256x3x64x64, eps given", "large", _IMAGES, {**timed, "eps": True})
     first = name in ("ddpm", "ddim")
-    twins = (Benchmark("step, eps given", given, headline=first, eager_eps=True),)
+    twins = (Benchmark("step, eps given", given, headline=name == "ddim", eager_eps=True),)
     return Op(
         name=f"{name}_step",
         family="diffusion_step",
@@ -212,7 +212,9 @@ def _row(
     )
 
 
-_PLAIN = Case("256x3x64x64 eta 0", "large", _IMAGES, {"step": 4})
+_STEP = {"step": 4}
+_PLAIN = Case("256x3x64x64 eta 0", "large", _IMAGES, _STEP)
+_LATENT = Case("1x4x64x64", "large", (1, 4, 64, 64), _STEP)
 _GUIDED = {"step": 4, "unconditional": 1, "guidance": 3.0}
 OPS = (
     _row(
@@ -261,7 +263,8 @@ OPS = (
                 headline=True,
             ),
             Benchmark("step guided", Case("256x3x64x64 guided", "large", _IMAGES, _GUIDED)),
-            Benchmark("step latents", Case("1x4x64x64", "large", (1, 4, 64, 64), {"step": 4})),
+            Benchmark("step, one latent", _LATENT, headline=True),
+            Benchmark("step, 16 latents", Case("16x4x64x64", "large", (16, 4, 64, 64), _STEP)),
         ),
     ),
     _row("euler", "Euler step along the probability flow", "Karras et al. 2022, algorithm 1"),
