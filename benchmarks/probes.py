@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import sides
+from gmkernels import dispatch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -70,7 +70,7 @@ def _peak_in_child(make: Callable[[], Callable[[], Any]], reuse: bool) -> int | 
 
 def _child(make: Callable[[], Callable[[], Any]], reuse: bool, reply: Any) -> None:
     if reuse:
-        sides.gmkernels.reuse_memory()
+        dispatch.reuse_memory()
     call = make()
     gc.collect()
     reply.send(_resident_peak(call))
