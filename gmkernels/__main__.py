@@ -173,20 +173,8 @@ def prepare_sample(args: argparse.Namespace) -> Callable[[], None]:
     if not args.out.parent.is_dir():
         raise ValueError(f"--out: the folder {args.out.parent} must exist; make it first")
     config, model = train.load(args.run)
-    names = {"sampler": args.sampler, "steps": args.steps, "label": args.label}
-    options = {name: value for name, value in names.items() if value is not None}
-    if args.guidance is not None:
-        options["guidance"] = args.guidance
-    if options and not train.RECIPES[config.model].labelled:
-        raise ValueError(
-            f"--sampler, --steps, --class and --guidance are for diffusion models; {args.run} "
-            f"holds a {config.model}"
-        )
-    classes = config.options.get("classes", 0)
-    if args.label is not None and not 0 <= args.label < classes:
-        raise ValueError(f"--class must lie in [0, {classes}), got {args.label}")
-    if args.guidance not in (None, 1.0) and args.label is None:
-        raise ValueError("--guidance needs --class: it weighs the class against no class")
+    asked = args.sampler, args.steps, args.label, args.guidance
+    options = train.sample_options(config, args.run, *asked)
     images = train.sample(config, model, args.n, args.seed, **options)
     return lambda: train.save_grid(args.out, images)
 
@@ -242,8 +230,7 @@ def _parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0; 2 for bad input, on one line; 1 for a failure of the run; 130 for Ctrl-C."""
-    parser = _parser()
-    args = parser.parse_args(argv)
+    args = (parser := _parser()).parse_args(argv)
     try:
         work = args.prepare(args)
     except (ImportError, OSError, ValueError) as error:

@@ -226,6 +226,30 @@ def sample(config: Config, model: Any, n: int, seed: noise.Seed, **options: Any)
     return x.clamp(0, 1).view(n, config.height, config.width).cpu()
 
 
+def sample_options(
+    config: Config,
+    run: Path,
+    sampler: str | None,
+    steps: int | None,
+    label: int | None,
+    guidance: float | None,
+) -> dict[str, Any]:
+    """What of these was asked for, as sample() takes it. Raises ValueError with what is wrong."""
+    asked = {"sampler": sampler, "steps": steps, "label": label, "guidance": guidance}
+    options = {name: value for name, value in asked.items() if value is not None}
+    if options and not RECIPES[config.model].labelled:
+        raise ValueError(
+            f"--sampler, --steps, --class and --guidance are for diffusion models; {run} "
+            f"holds a {config.model}"
+        )
+    classes = config.options.get("classes", 0)
+    if label is not None and not 0 <= label < classes:
+        raise ValueError(f"--class must lie in [0, {classes}), got {label}")
+    if guidance not in (None, 1.0) and label is None:
+        raise ValueError("--guidance needs --class: it weighs the class against no class")
+    return options
+
+
 def save_grid(path: Path, x: Tensor) -> None:
     """Writes grey images [N, H, W] in [0, 1] as one PNG, ceil(sqrt(N)) a row, enlarged if small."""
     try:

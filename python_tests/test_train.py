@@ -358,6 +358,9 @@ def test_sample_refuses(finished, tmp_path, capsys):
     assert "must be a .png" in refused(capsys, "sample", finished, "--out", tmp_path / "a.jpg")
     nowhere = tmp_path / "none" / "a.png"
     assert "must exist; make it first" in refused(capsys, "sample", finished, "--out", nowhere)
+    for wrong in (("--class", 3), ("--sampler", "ddim"), ("--steps", 5), ("--guidance", 2)):
+        said = refused(capsys, "sample", finished, *wrong, *out)
+        assert "are for diffusion models" in said
     shutil.copytree(finished, tmp_path / "b")
     (tmp_path / "b" / train.CHECKPOINT).unlink()
     assert "there is none yet, train first" in refused(capsys, "sample", tmp_path / "b", *out)
