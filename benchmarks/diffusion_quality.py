@@ -2,10 +2,11 @@
 
 2-D: a network trained on a ring of 8 Gaussians, 10,000 samples by each sampler, their sliced
 Wasserstein-1 distance to 10,000 fresh points of the ring; beside it the distance of two fresh sets.
-Digits (with --run, a run of `train diffusion --data digits`): 100 samples of each class over the
-guidance scale: the share that a logistic regression trained on the real train digits assigns to the
-class that was asked for, beside its rate on the real test digits; and precision and recall by
-k-nearest neighbours (Kynkaanniemi et al. 2019, k = 3) against the real test digits, on pixels.
+Digits (with --run, a run of `train diffusion` or `latent_diffusion --data digits`, one or several):
+100 samples of each class, of its caption where the model reads text, over the guidance scale: the
+share that a logistic regression trained on the real train digits assigns to the class that was
+asked for, beside its rate on the real test digits; and precision and recall by k-nearest neighbours
+(Kynkaanniemi et al. 2019, k = 3) against the real test digits, on pixels.
 
 Writes diffusion-quality.csv to --out (build/bench unless given).
 """
@@ -13,6 +14,7 @@ Writes diffusion-quality.csv to --out (build/bench unless given).
 import argparse
 import csv
 import io
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -103,34 +105,42 @@ def ring_rows() -> Iterator[tuple[Any, ...]]:
     yield "ring", "edm", "heun", len(path), "", measure, sliced_wasserstein(x, real)
 
 
-def digit_rows(run: Path) -> Iterator[tuple[Any, ...]]:
-    """Agreement with the class and coverage over the guidance scale."""
+def digit_rows(runs: list[Path]) -> Iterator[tuple[Any, ...]]:
+    """Agreement with the class and coverage of each run over the guidance scale."""
     from sklearn.linear_model import LogisticRegression
 
-    _, model = train.load(run)
     images = data.digits()
     judge = LogisticRegression(max_iter=5000).fit(images.train / 16, images.train_labels)
     real = images.test / 16
     asked = torch.arange(10).repeat_interleave(100)
     rate = judge.score(real, images.test_labels)
     yield "digits", "real test digits", "", "", "", "assigned to their class", rate
-    for guidance in GUIDANCE:
-        x = model.sample(1000, label=asked, guidance=guidance, steps=50, seed=5)
-        flat = x.flatten(1) / 16
-        found = ("digits", "diffusion", "ddim", 50 if guidance == 1.0 else 100, guidance)
-        yield *found, "assigned to their class", judge.score(flat, asked)
-        yield *found, "precision (k = 3)", covered(flat, real)
-        yield *found, "recall (k = 3)", covered(real, flat)
+    for config, model in map(train.load, runs):
+        for guidance in GUIDANCE:
+            x = model.sample(1000, label=asked, guidance=guidance, steps=50, seed=5)
+            flat = x.flatten(1) / 16
+            found = ("digits", config.model, "ddim", 50 if guidance == 1.0 else 100, guidance)
+            yield *found, "assigned to their class", judge.score(flat, asked)
+            yield *found, "precision (k = 3)", covered(flat, real)
+            yield *found, "recall (k = 3)", covered(real, flat)
 
 
 def main() -> None:
     """Prints and writes every row."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", type=Path, help="a run of train diffusion --data digits")
+    parser.add_argument(
+        "--run",
+        type=Path,
+        action="append",
+        default=[],
+        help="a run of train diffusion or latent_diffusion --data digits; may be repeated",
+    )
+    parser.add_argument("--digits-only", action="store_true", help="leave the ring out")
     parser.add_argument("--out", type=Path, default=Path("build/bench"))
     args = parser.parse_args()
     rows: list[tuple[Any, ...]] = []
-    for row in (*(digit_rows(args.run) if args.run else ()), *ring_rows()):
+    parts = [digit_rows(args.run) if args.run else (), () if args.digits_only else ring_rows()]
+    for row in itertools.chain(*parts):
         rows.append((*row[:-1], f"{row[-1]:.4f}", commit()))
         print(*rows[-1], sep=", ", flush=True)
     text = io.StringIO()

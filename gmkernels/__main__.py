@@ -15,6 +15,7 @@ import torch
 
 from gmkernels import checkpoint, data, noise, train
 from gmkernels.models import sampling
+from gmkernels.recipes import RECIPES, option_defaults, parse_options, sample_options
 
 DEFAULTS: dict[str, Any] = {
     "data": "digits",
@@ -26,6 +27,7 @@ DEFAULTS: dict[str, Any] = {
     "every": 200,
     "device": "cpu",
 }
+SAMPLING = ("sampler", "steps", "label", "text", "guidance")  # what sample may be asked for
 
 
 class Parser(argparse.ArgumentParser):
@@ -62,25 +64,6 @@ def _seed(text: str) -> int:
     return value
 
 
-def parse_options(build: Callable[..., Any], given: list[str]) -> dict[str, Any]:
-    """Keyword arguments of `build` from NAME=VALUE pairs, typed like its defaults, and the rest."""
-    options = train.option_defaults(build)
-    for pair in given:
-        name, equals, text = pair.partition("=")
-        if name not in options or not equals:
-            raise ValueError(
-                f"--option must be NAME=VALUE with NAME of {', '.join(options)}, got {pair!r}"
-            )
-        kind = type(options[name])
-        try:
-            known = {"true": True, "false": False}
-            options[name] = known[text.lower()] if kind is bool else kind(text)
-        except (KeyError, ValueError):
-            kinds = {bool: "true or false", int: "a whole number", float: "a number"}
-            raise ValueError(f"--option {name} must be {kinds[kind]}, got {text!r}") from None
-    return options
-
-
 def _threads(images: data.Images, batch_size: int) -> int:
     """One for batches as small as the digits', where waking a second costs more than it does."""
     small = batch_size * images.height * images.width * images.levels < 1 << 20
@@ -89,8 +72,8 @@ def _threads(images: data.Images, batch_size: int) -> int:
 
 def _new_config(args: argparse.Namespace) -> tuple[train.Config, data.Images]:
     chosen = {name: getattr(args, name) for name in DEFAULTS if getattr(args, name) is not None}
-    settings = DEFAULTS | train.RECIPES[args.model].defaults | chosen
-    options = parse_options(train.RECIPES[args.model].build, args.option)
+    settings = DEFAULTS | RECIPES[args.model].defaults | chosen
+    options = parse_options(RECIPES[args.model].build, args.option)
     images = data.images(settings["data"])
     config = train.Config(
         model=args.model,
@@ -112,7 +95,7 @@ def _old_config(args: argparse.Namespace) -> tuple[train.Config, data.Images]:
     config = train.read_config(args.out)
     given = {name: getattr(args, name) for name in ("model", "threads", *DEFAULTS)}
     if args.option:
-        changed = parse_options(train.RECIPES[args.model].build, args.option)
+        changed = parse_options(RECIPES[args.model].build, args.option)
         names = [pair.partition("=")[0] for pair in args.option]
         given["options"] = config.options | {name: changed[name] for name in names}
     for name, value in given.items():
@@ -143,6 +126,8 @@ def prepare_train(args: argparse.Namespace) -> Callable[[], None]:
             f"--batch-size must be at most the {len(images.train)} train images, "
             f"got {config.batch_size}"
         )
+    if config.steps <= (turn := RECIPES[config.model].turn(config.steps)):
+        raise ValueError(f"--steps must be > {turn} for a {config.model}, got {config.steps}")
     if config.device != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"--device {config.device}: torch sees no GPU here; leave it out")
     torch.set_num_threads(config.threads)
@@ -173,8 +158,8 @@ def prepare_sample(args: argparse.Namespace) -> Callable[[], None]:
     if not args.out.parent.is_dir():
         raise ValueError(f"--out: the folder {args.out.parent} must exist; make it first")
     config, model = train.load(args.run)
-    asked = args.sampler, args.steps, args.label, args.guidance
-    options = train.sample_options(config, args.run, *asked)
+    asked = {name: getattr(args, name) for name in SAMPLING}
+    options = sample_options(config.model, config.options, args.run, asked)
     images = train.sample(config, model, args.n, args.seed, **options)
     return lambda: train.save_grid(args.out, images)
 
@@ -185,13 +170,13 @@ def _parser() -> Parser:
 
     fit = commands.add_parser("train", help="train a model")
     fit.set_defaults(prepare=prepare_train)
-    fit.add_argument("model", choices=sorted(train.RECIPES))
+    fit.add_argument("model", choices=sorted(RECIPES))
     fit.add_argument("--out", type=Path, required=True, help="folder of the run")
     fit.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     fit.add_argument("--data", help="digits (the default), idx:FOLDER, or a folder of IDX files")
     arguments = "; ".join(
-        f"{name}: " + ", ".join(f"{k}={v}" for k, v in train.option_defaults(recipe.build).items())
-        for name, recipe in train.RECIPES.items()
+        f"{name}: " + ", ".join(f"{k}={v}" for k, v in option_defaults(recipe.build).items())
+        for name, recipe in RECIPES.items()
     )
     fit.add_argument(
         "--option",
@@ -223,7 +208,8 @@ def _parser() -> Parser:
     draw.add_argument("--sampler", choices=sorted(sampling.STEPS), help="of a diffusion model")
     draw.add_argument("--steps", type=_count, help="of the sampler (default 50)")
     draw.add_argument("--class", dest="label", type=int, metavar="CLASS", help="what to draw")
-    draw.add_argument("--guidance", type=_number, help="weight of the class (default 1)")
+    draw.add_argument("--text", help="what to draw, in words, by a model that reads them")
+    draw.add_argument("--guidance", type=_number, help="weight of class or text (default 1)")
     draw.add_argument("--out", type=Path, required=True, help="a .png file")
     return parser
 

@@ -7,21 +7,19 @@ holds config.json, metrics.csv, checkpoint.safetensors and samples.png, each wri
 
 import csv
 import dataclasses
-import inspect
 import io
 import json
 import math
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from gmkernels import checkpoint, data, noise
-from gmkernels.models import image_diffusion, vae
+from gmkernels.recipes import RECIPES, option_defaults
 
 CONFIG, METRICS, CHECKPOINT, SAMPLES = (
     "config.json",
@@ -31,37 +29,8 @@ CONFIG, METRICS, CHECKPOINT, SAMPLES = (
 )
 COLUMNS = ("step", "loss", "test_nats")
 WARMUP = 50  # steps
+SCALE_ROWS = 1000  # train images that the scale of latents is measured on
 _BATCHES, _STEPS, _TEST, _INIT, _SAMPLES = range(5)  # what the seed is folded with
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How a model is trained from the command line.
-
-    Attributes:
-        build: (pixels, levels, **options) -> the model; its keyword arguments are --option names.
-            The model has loss(x, seed=), sample(n, seed=) and `takes`, "levels" or "unit".
-        nll: (model, x, key) -> [B] nats, -log p(x) or an upper bound of it.
-        labelled: loss() takes label= too, and sample() label= and guidance=.
-        defaults: settings of the run (steps, lr, ...) that suit this model better.
-    """
-
-    build: Callable[..., nn.Module]
-    nll: Callable[[Any, Tensor, Tensor], Tensor]
-    labelled: bool = False
-    defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-def _bound(model: Any, x: Tensor, key: Tensor) -> Tensor:
-    return model.vlb(x, seed=key).nats
-
-
-_DIFFUSION = {"lr": 2e-3, "every": 1000, "weight_decay": 1e-3}
-RECIPES = {
-    "vae": Recipe(vae.image_vae, lambda model, x, key: -model.elbo(x, seed=key)),
-    "diffusion": Recipe(image_diffusion.image_diffusion, _bound, True, _DIFFUSION),
-    "flow_matching": Recipe(image_diffusion.image_flow_matching, _bound, True, _DIFFUSION),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,12 +51,6 @@ class Config:
     every: int
     threads: int
     device: str
-
-
-def option_defaults(build: Callable[..., Any]) -> dict[str, Any]:
-    """The keyword-only arguments of a builder with their defaults."""
-    parameters = inspect.signature(build).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def read_config(run: Path) -> Config:
@@ -123,14 +86,20 @@ def load(run: Path) -> tuple[Config, Any]:
     if not (run / CHECKPOINT).is_file():
         raise ValueError(f"{run} must hold {CHECKPOINT}; there is none yet, train first")
     model = build(dataclasses.replace(config, device="cpu"))
-    checkpoint.restore(run / CHECKPOINT, model)
+    header = checkpoint.restore(run / CHECKPOINT, model)
+    turn = RECIPES[config.model].turn(config.steps)
+    if header["step"] <= turn:
+        raise ValueError(
+            f"{run} is at step {header['step']}, and what samples is trained from step {turn} on; "
+            "go on with train --resume"
+        )
     return config, model.eval()
 
 
-def learning_rate(config: Config, step: int) -> float:
-    """A linear warm-up, then half a cosine down to 0 at the last step."""
-    warm = min(1.0, (step + 1) / WARMUP)
-    return config.lr * warm * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+def learning_rate(config: Config, step: int, first: int = 0, end: int | None = None) -> float:
+    """A linear warm-up from step `first`, then half a cosine down to 0 at `end`, all the steps."""
+    warm, end = min(1.0, (step - first + 1) / WARMUP), config.steps if end is None else end
+    return config.lr * warm * 0.5 * (1 + math.cos(math.pi * (step - first) / (end - first)))
 
 
 def training_step(
@@ -151,7 +120,9 @@ def training_step(
 
 @torch.no_grad()
 def test_nats(config: Config, model: Any, images: data.Images) -> float:
-    """Mean over the test images of the recipe's nll, with the same noise at each call."""
+    """Mean over the test images of the recipe's nll, with the same noise at each call.
+
+    Leaves the model in eval mode."""
     key = _fold(config, _TEST)
     model.eval()
     total = 0.0
@@ -159,13 +130,14 @@ def test_nats(config: Config, model: Any, images: data.Images) -> float:
         x = _input(config, model, images, images.test[start : start + 500])
         rows = RECIPES[config.model].nll(model, x, noise.key(key, offset=start))
         total += float(rows.double().sum())
-    model.train()
     return total / len(images.test)
 
 
 def fit(run: Path, config: Config, model: Any, images: data.Images) -> float:
     """Trains from the run's checkpoint, or from the start, to config.steps; returns the test nats.
 
+    A recipe of two stages trains a part of the model first; all that the second takes over from
+    it is in the weights, so that the turn is made again where a run goes on from just before it.
     A run that was killed and goes on ends at the same bits as one that was not, on the same
     machine, torch and number of threads. Raises FloatingPointError where the loss is no longer
     finite; the last checkpoint stays.
@@ -180,7 +152,7 @@ def fit(run: Path, config: Config, model: Any, images: data.Images) -> float:
         _write_metrics(run, rows)
     batches, steps = _fold(config, _BATCHES), _fold(config, _STEPS)
     total = torch.zeros((), device=config.device)
-    model.train()
+    recipe = RECIPES[config.model]
     bar = tqdm(total=config.steps, initial=done, unit="step", disable=None)
     with _own_generator(config), bar:
         for step in range(done, config.steps):
@@ -190,15 +162,20 @@ def fit(run: Path, config: Config, model: Any, images: data.Images) -> float:
             x = _input(config, model, images, images.train[index])
             key = noise.fold_in(steps, step)
             torch.manual_seed(int(key[0]))
+            part, first, end = recipe.stage(model, config.steps, step)
+            part.train()
+            if 0 < first == step:
+                x1 = images.train[:SCALE_ROWS]
+                model.measure_scale(_input(config, model, images, x1), seed=key)
+                total.zero_()
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, step)
-            total += training_step(
-                model, optimizer, x, seed=key, **_labels(config, images.train_labels, index)
-            )
+                group["lr"] = learning_rate(config, step, first, end)
+            labels = _labels(config, images.train_labels, index) if part is model else {}
+            total += training_step(part, optimizer, x, seed=key, **labels)
             bar.update()
             done = step + 1
             if done % config.every == 0 or done == config.steps:
-                loss = float(total) / ((done - 1) % config.every + 1)
+                loss = float(total) / (done - max(first, (done - 1) // config.every * config.every))
                 if not math.isfinite(loss):
                     raise FloatingPointError(
                         f"the loss is {loss} at step {done}; try a lower --lr than {config.lr}"
@@ -224,30 +201,6 @@ def sample(config: Config, model: Any, n: int, seed: noise.Seed, **options: Any)
     if model.takes == "levels":
         x = x / (config.levels - 1)
     return x.clamp(0, 1).view(n, config.height, config.width).cpu()
-
-
-def sample_options(
-    config: Config,
-    run: Path,
-    sampler: str | None,
-    steps: int | None,
-    label: int | None,
-    guidance: float | None,
-) -> dict[str, Any]:
-    """What of these was asked for, as sample() takes it. Raises ValueError with what is wrong."""
-    asked = {"sampler": sampler, "steps": steps, "label": label, "guidance": guidance}
-    options = {name: value for name, value in asked.items() if value is not None}
-    if options and not RECIPES[config.model].labelled:
-        raise ValueError(
-            f"--sampler, --steps, --class and --guidance are for diffusion models; {run} "
-            f"holds a {config.model}"
-        )
-    classes = config.options.get("classes", 0)
-    if label is not None and not 0 <= label < classes:
-        raise ValueError(f"--class must lie in [0, {classes}), got {label}")
-    if guidance not in (None, 1.0) and label is None:
-        raise ValueError("--guidance needs --class: it weighs the class against no class")
-    return options
 
 
 def save_grid(path: Path, x: Tensor) -> None:

@@ -191,8 +191,8 @@ class Diffusion(nn.Module):
                 as many as there are times; or a Sampler.
             label: [n] or one class for all. clip: of x0; 1 for levels unless given.
             offset: rows to skip: any split of a batch gives the same samples.
-            options: guidance, classifier, scale, dynamic_threshold and conditions of the network,
-                as in sampling.run().
+            options: guidance, unconditional, classifier, scale, dynamic_threshold and conditions of
+                the network, as in sampling.run().
         """
         path = sampler
         if not isinstance(path, Sampler):

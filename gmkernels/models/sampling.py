@@ -47,6 +47,7 @@ def run(
     seed: noise.Seed = None,
     times: Tensor | None = None,
     label: Tensor | None = None,
+    unconditional: dict[str, Any] | None = None,
     **conditions: Any,
 ) -> Tensor:
     """x at the end of the path, from x at its beginning.
@@ -54,8 +55,8 @@ def run(
     Args:
         predict: (x_t, t float [n], label=..., **conditions) -> prediction; label only if given.
         x: [n, *].
-        guidance: g; 1 evaluates the network once a step, with its label. Without it the label is
-            None for the second evaluation.
+        guidance: g; 1 evaluates the network once a step, with all its conditions.
+        unconditional: conditions of u, the second evaluation; by default all but the label.
         classifier: (x_t, t float [n]) -> grad log p(y|x_t), like x; scale: its weight.
         clip, dynamic_threshold: of x0, as in ddim_step().
         seed: of the noise, folded by the step inside.
@@ -68,12 +69,14 @@ def run(
     if path.noisy:
         options["seed"] = seed
     times = path.times if times is None else times
-    with_label = conditions if label is None else {**conditions, "label": label}
+    without = conditions if unconditional is None else unconditional
+    if label is not None:
+        conditions = {**conditions, "label": label}
     for i in range(len(path)):
         t = times[i].expand(len(x))
-        p = predict(x, t, **with_label)
+        p = predict(x, t, **conditions)
         if guidance != 1.0:
-            options["unconditional"] = predict(x, t, **conditions)
+            options["unconditional"] = predict(x, t, **without)
             options["guidance"] = guidance
         lift = None
         if classifier is not None:
