@@ -67,7 +67,7 @@ RECIPES = {
         reads=True,
         first="vae",
         share=0.25,
-        defaults=_DIFFUSION | {"steps": 4000},
+        defaults=_DIFFUSION | {"steps": 2400, "every": 600},
     ),
 }
 
