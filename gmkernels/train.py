@@ -122,7 +122,8 @@ def training_step(
 def test_nats(config: Config, model: Any, images: data.Images) -> float:
     """Mean over the test images of the recipe's nll, with the same noise at each call.
 
-    Leaves the model in eval mode."""
+    Leaves the model in eval mode.
+    """
     key = _fold(config, _TEST)
     model.eval()
     total = 0.0
@@ -136,11 +137,10 @@ def test_nats(config: Config, model: Any, images: data.Images) -> float:
 def fit(run: Path, config: Config, model: Any, images: data.Images) -> float:
     """Trains from the run's checkpoint, or from the start, to config.steps; returns the test nats.
 
-    A recipe of two stages trains a part of the model first; all that the second takes over from
-    it is in the weights, so that the turn is made again where a run goes on from just before it.
-    A run that was killed and goes on ends at the same bits as one that was not, on the same
-    machine, torch and number of threads. Raises FloatingPointError where the loss is no longer
-    finite; the last checkpoint stays.
+    A recipe of two stages trains a part of the model first, then the rest with what that part has
+    come to; a run that goes on from before the turn makes it again. A run that was killed and goes
+    on ends at the same bits as one that was not, on the same machine, torch and number of threads.
+    Raises FloatingPointError where the loss is no longer finite; the last checkpoint stays.
     """
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True

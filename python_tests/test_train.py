@@ -16,8 +16,9 @@ from test_data import write_folder
 from torch import nn
 
 from gmkernels import checkpoint, noise, train
-from gmkernels.__main__ import main, parse_options
+from gmkernels.__main__ import main
 from gmkernels.models import vae
+from gmkernels.recipes import parse_options
 
 SMALL = ["-o", "hidden=8", "-o", "latent_dim=2", "--batch-size", "20", "--threads", "1"]
 STEPS = ["--steps", "12", "--every", "5"]

@@ -38,10 +38,11 @@ class LatentDiffusion(nn.Module):
         text: makes the network's context of texts; trained with the diffusion model.
         captions: with text: what a label is called. Without text a label goes to the network.
 
-    Everywhere: x as the VAE takes it; seed an int, a key (noise.key) or None, which draws one from
-    torch's default generator; each row's draws are a function of the seed and the row. A condition
-    is text=, one string or one a row, or label=, int64 [B], -1 for no class; without one, the empty
-    text. Until measure_scale() or a checkpoint has set `scale`, what needs it raises RuntimeError.
+    Everywhere: x as the VAE takes it; seed an int, a key (noise.key) or, but for encode() and
+    decode(), None, which draws one from torch's default generator; each row's draws are a function
+    of the seed and the row. A condition is text=, one string or one a row, or label=, int64 [B], -1
+    for no class; without one, the empty text. Until measure_scale() or a checkpoint has set
+    `scale`, what needs it raises RuntimeError; a condition that the model cannot take, ValueError.
     """
 
     log_prob_kind = "lower bound"
@@ -125,8 +126,8 @@ class LatentDiffusion(nn.Module):
         if self.captions is not None and label is not None and text is None:
             text, label = self.captions.draw(label, noise.fold_in(key, 1)), None
         if text is not None:
-            drawn = noise.uniform((len(x), 1), seed=noise.fold_in(key, 2), device="cpu")[:, 0]
-            dropped = (drawn <= self.diffusion.condition_dropout).tolist()
+            u01 = noise.uniform((len(x), 1), seed=noise.fold_in(key, 2).cpu(), device="cpu")
+            dropped = (u01[:, 0] <= self.diffusion.condition_dropout).tolist()
             texts = self._texts(text, len(x))
             text = ["" if drop else t for t, drop in zip(texts, dropped, strict=True)]
         conditions |= self._conditions(len(x), label, text)

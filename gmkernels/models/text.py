@@ -108,7 +108,7 @@ class Captions:
 
     def draw(self, labels: Tensor, key: Tensor) -> list[str]:
         """A text for each of labels, int64 [B]: of a template that key and row choose."""
-        u = noise.uniform((len(labels), 1), seed=key, device="cpu")
+        u = noise.uniform((len(labels), 1), seed=key.cpu(), device="cpu")
         chosen = (u[:, 0] * len(self.templates)).ceil().long() - 1
         return [
             self.say(label, i) for label, i in zip(labels.tolist(), chosen.tolist(), strict=True)
