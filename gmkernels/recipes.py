@@ -58,8 +58,12 @@ def _latent_bound(model: Any, x: Tensor, key: Tensor) -> Tensor:
 _DIFFUSION = {"lr": 2e-3, "every": 1000, "weight_decay": 1e-3}
 RECIPES = {
     "vae": Recipe(vae.image_vae, lambda model, x, key: -model.elbo(x, seed=key)),
-    "diffusion": Recipe(image_diffusion.image_diffusion, _bound, True, defaults=_DIFFUSION),
-    "flow_matching": Recipe(image_diffusion.image_flow_matching, _bound, True, defaults=_DIFFUSION),
+    "diffusion": Recipe(
+        image_diffusion.image_diffusion, _bound, labelled=True, defaults=_DIFFUSION
+    ),
+    "flow_matching": Recipe(
+        image_diffusion.image_flow_matching, _bound, labelled=True, defaults=_DIFFUSION
+    ),
     "latent_diffusion": Recipe(
         image_latent_diffusion.image_latent_diffusion,
         _latent_bound,
