@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import model_steps, probes, record, report, worker
+from benchmarks import loops, model_steps, probes, record, report, worker
 from gmkernels import dispatch, registry
 
 QUICK_SECONDS = 230  # no row is begun after these in --quick: it ends within five minutes
@@ -35,7 +35,9 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    found.add_argument("--op", action="append", metavar="NAME", help="only this op; repeatable")
+    found.add_argument(
+        "--op", action="append", metavar="NAME", help="only this op and its loops; repeatable"
+    )
     found.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     found.add_argument(
         "--quick", action="store_true", help="headline rows only, in less than five minutes"
@@ -65,6 +67,8 @@ def plans(options: argparse.Namespace) -> list[worker.Plan]:
     chosen = [(op.name, b) for op in ops for b in op.benchmarks if b.headline or not options.quick]
     headline = tuple((name, b.name) for name, b in chosen if b.headline)
     every = tuple((name, b.name) for name, b in chosen)
+    walked = [one for one in loops.LOOPS if one.op in ops and (one.headline or not options.quick)]
+    beside = [one for one in walked if one.headline]
     regimes = ["reuse", "default"] if options.regime == "both" else [options.regime]
     if options.device == "cuda":
         regimes = ["default"]
@@ -72,6 +76,7 @@ def plans(options: argparse.Namespace) -> list[worker.Plan]:
     return [
         worker.Plan(
             rows=headline if n else every,
+            loops=tuple(beside if n else walked),
             models=options.op is None,
             device=options.device,
             regime=regime,
@@ -95,7 +100,8 @@ class Session:
 
     def run(self, all_plans: list[worker.Plan]) -> None:
         """Measures everything; a line a row as it is done."""
-        steps = sum(len(p.rows) + p.models * len(model_steps.MODEL_STEPS) for p in all_plans)
+        models = len(model_steps.MODEL_STEPS)
+        steps = sum(len(p.rows) + len(p.loops) + p.models * models for p in all_plans)
         columns = (BarColumn(), TextColumn("{task.completed}/{task.total} {task.description}"))
         with Progress(*columns, TimeElapsedColumn(), console=self.console) as progress:
             task = progress.add_task("starting", total=steps, completed=-1)

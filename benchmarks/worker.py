@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 import gmkernels
-from benchmarks import model_steps, probes, timing
+from benchmarks import loops, model_steps, probes, timing
+from benchmarks.loops import Loop
 from benchmarks.record import Record
 from benchmarks.sides import COMPILED, EAGER, OURS, OURS_COMPILED, Side, Sides, build, fault, small
 from gmkernels import dispatch, registry
@@ -24,13 +25,14 @@ class Plan:
     """What one process measures.
 
     Attributes:
-        rows: (op, benchmark) names; models: whether model steps follow.
+        rows: (op, benchmark) names; loops: what follows them; models: whether model steps do.
         beside: True for the second regime, which times eager and ours alone.
         quick: fewer samples, and memory of eager and ours alone.
         deadline: time.time() after which no further row is begun.
     """
 
     rows: tuple[tuple[str, str], ...]
+    loops: tuple[Loop, ...]
     models: bool
     device: str
     regime: str
@@ -66,6 +68,8 @@ def run(plan: Plan, connection: Any) -> None:
             op = registry.row(op_name)
             benchmark = next(b for b in op.benchmarks if b.name == benchmark_name)
             measure(plan, f"{op_name}, {benchmark_name}", row(plan, op, benchmark), send)
+        for one in plan.loops:
+            measure(plan, f"{one.name}, {one.case.name}", loop(plan, one), send)
         for step in model_steps.MODEL_STEPS if plan.models else ():
             measure(plan, f"{step.name} {step.kind}", model(plan, step), send)
     send("end", None)
@@ -125,6 +129,45 @@ def row(plan: Plan, op: Op, benchmark: Benchmark) -> Iterator[Record]:
 def _side(op_name: str, benchmark_name: str, device: str, name: str) -> Side:
     op = registry.row(op_name)
     return build(op, next(b for b in op.benchmarks if b.name == benchmark_name), device, name)
+
+
+def loop(plan: Plan, one: Loop) -> Iterator[Record]:
+    """The records of one sampling loop. A wrong side has no number; where ours is, none has."""
+    blank = functools.partial(
+        Record,
+        isa=_isa(plan),
+        regime=plan.regime,
+        op=one.name,
+        case=one.case.name,
+        dtype="float32",
+        direction="loop",
+    )
+    make: dict[str, Callable[[], Side]] = {}
+    true = torch.empty(0) if plan.beside else loops.truth(one, plan.device)
+    for name in (EAGER, OURS) if plan.beside else loops.names(one):
+        side = functools.cache(functools.partial(loops.build, one, plan.device, name))
+        check = functools.partial(loops.fault, one, true, side)
+        if not plan.beside and (wrong := guarded(check)):
+            yield blank(side=name, correct=f"WRONG: {wrong}")
+            if name in (OURS, OURS_COMPILED):
+                return
+            continue
+        make[name] = side
+    small = dataclasses.replace(one, shape=loops.SMALL)
+    for record in compare(plan, make, blank, one.bytes, 0, torch.float32):
+        if record.p50_ms is None or plan.beside or record.side in (COMPILED, OURS_COMPILED):
+            yield record
+            continue
+        seconds = timing.host_seconds(
+            loops.build(small, plan.device, record.side).timed(), plan.device
+        )
+        fresh = functools.partial(loops.build, one, plan.device, record.side)
+        peak = probes.peak_memory(fresh, plan.device, plan.regime == "reuse")
+        yield dataclasses.replace(
+            record,
+            host_us=seconds / loops.STEPS * 1e6,
+            peak_memory_mb=None if peak is None else peak / 2**20,
+        )
 
 
 def model(plan: Plan, step: model_steps.ModelStep) -> Iterator[Record]:

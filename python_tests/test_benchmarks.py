@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks import __main__ as command
-from benchmarks import model_steps, probes, record, report, sides, static_asm, timing, worker
+from benchmarks import loops, model_steps, probes, record, report, sides, static_asm, timing, worker
 from benchmarks.record import Record
 from gmkernels import registry
 from gmkernels.models import vae
@@ -52,6 +52,7 @@ def plan(**options: Any) -> worker.Plan:
     return worker.Plan(
         **{
             "rows": (),
+            "loops": (),
             "models": False,
             "device": "cpu",
             "regime": "default",
@@ -213,6 +214,67 @@ def test_plain_pytorch_stands_in_for_our_ops() -> None:
 def test_model_step_is_right() -> None:
     for step in model_steps.MODEL_STEPS:
         assert model_steps.fault(step, "cpu") == ""
+
+
+SMALL_LOOPS = [dataclasses.replace(one, shape=loops.SMALL) for one in loops.LOOPS[:5]]
+
+
+def test_loops_stand_at_several_sizes() -> None:
+    sizes: dict[tuple[str, float], list[tuple[int, ...]]] = {}
+    for one in loops.LOOPS:
+        sizes.setdefault((one.sampler, one.options.get("eta", 0.0)), []).append(one.shape)
+    assert set(sizes) == {("ddim", 0), ("ddim", 1), ("ddpm", 0), ("euler", 0), ("dpmpp_2m", 0)}
+    assert {tuple(shapes) for shapes in sizes.values()} == {loops.SHAPES}
+    assert loops.SHAPES[0] == (1, 4, 64, 64)
+    assert len({(one.name, one.case.name) for one in loops.LOOPS}) == len(loops.LOOPS)
+    quick, every, euler = (
+        command.plans(command.parser().parse_args(["--device", "cpu", *said]))[0].loops
+        for said in (["--quick"], [], ["--op", "euler_step"])
+    )
+    assert len(quick) == 2
+    assert every == loops.LOOPS
+    assert [one.sampler for one in euler] == ["euler"] * len(loops.SHAPES)
+
+
+@pytest.mark.parametrize("one", SMALL_LOOPS, ids=lambda one: f"{one.sampler} {one.options}")
+def test_loops_end_alike(one: loops.Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loops, "compiled", lambda function: function)
+    true = loops.truth(one, "cpu")
+    assert loops.given(one, "cpu").sampler.noisy == one.noisy
+    for name in loops.names(one):
+        side = loops.build(one, "cpu", name)
+        end = side()
+        assert loops.fault(one, true, lambda side=side: side) == ""
+        if not one.noisy or name in (sides.OURS, sides.OURS_COMPILED):
+            assert torch.equal(side(), end)
+            off = sides.Side(name, lambda end=end: end + 1e-4 * end.abs().max())
+            assert "off by" in loops.fault(one, true, lambda off=off: off)
+
+
+@pytest.mark.parametrize("wrong", [sides.EAGER, sides.OURS])
+def test_a_wrong_loop_has_no_number(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step of 50 goes wrong."""
+    right = registry.row("ddim_step")
+    part = "eager" if wrong == sides.EAGER else "function"
+
+    def broken(x: Tensor, p: Tensor, i: int, *args: Any, backend: str = "", **kwargs: Any) -> Any:
+        options = {"backend": backend} if backend else {}
+        other = i == 30 and not backend
+        return getattr(right, part)(x, p, i + other, *args, **options, **kwargs)
+
+    monkeypatch.setattr(loops.Loop, "op", dataclasses.replace(right, **{part: broken}))
+    monkeypatch.setattr(loops, "names", lambda one: (sides.EAGER, sides.OURS))
+    monkeypatch.setattr(probes, "peak_memory", lambda *args: 3 << 20)
+    found = {r.side: r for r in worker.loop(plan(beside=False), SMALL_LOOPS[0])}
+    assert found[wrong].correct.startswith("WRONG: the end is off by")
+    assert found[wrong].p50_ms is None
+    if wrong == sides.OURS:
+        assert list(found) == [sides.OURS]
+        return
+    ours = found[sides.OURS]
+    assert (ours.correct, ours.direction, ours.peak_memory_mb) == ("yes", "loop", 3)
+    assert 5 < ours.p50_ms * 1e3 / ours.host_us < 500  # of one of the 50 steps, however noisy
+    assert report.ratios(list(found.values()), sides.OURS) == []  # no kernel's row
 
 
 def test_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
