@@ -23,6 +23,8 @@ using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
 #define GM_CHECK(condition, ...) STD_TORCH_CHECK(condition, __VA_ARGS__)
+// A call of a C shim. torch renamed its own macro for this after 2.11.
+#define GM_SHIM(call) GM_CHECK((call) == 0, "gmkernels: " #call " failed")
 
 inline std::string shape_text(const Tensor& x) {
   std::string text = "(";
@@ -65,7 +67,7 @@ struct Layout {
     GM_CHECK(x.is_cuda() == is_cuda && x.get_device_index() == device, op, ": ", name,
              " must be on the same device as the other tensors");
     int32_t layout;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(x.get(), &layout));
+    GM_SHIM(aoti_torch_get_layout(x.get(), &layout));
     GM_CHECK(layout == aoti_torch_layout_strided(), op, ": ", name,
              " must be dense, got a sparse tensor; call .to_dense()");
   }
@@ -155,8 +157,8 @@ inline Tensor allocate_on(const char* op, int32_t type, int32_t device, const in
 inline Tensor allocate(const char* op, const Tensor& like, const int64_t* sizes, int64_t dim,
                        ScalarType dtype) {
   int32_t type, device;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device));
+  GM_SHIM(aoti_torch_get_device_type(like.get(), &type));
+  GM_SHIM(aoti_torch_get_device_index(like.get(), &device));
   return allocate_on(op, type, device, sizes, dim, dtype);
 }
 
@@ -239,8 +241,8 @@ void read_noise(const Layout& layout, const MaybeTensor& eps, const MaybeTensor&
 class CudaScope {
  public:
   explicit CudaScope(int32_t device) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(device, &guard_));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream_));
+    GM_SHIM(aoti_torch_create_cuda_guard(device, &guard_));
+    GM_SHIM(aoti_torch_get_current_cuda_stream(device, &stream_));
   }
   ~CudaScope() { aoti_torch_delete_cuda_guard(guard_); }
   CudaScope(const CudaScope&) = delete;
