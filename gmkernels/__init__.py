@@ -5,6 +5,7 @@ import torch as _torch  # noqa: F401 - first: the extension needs torch's librar
 from gmkernels import noise
 from gmkernels.dispatch import explain, reuse_memory, use_backend, use_isa
 from gmkernels.noise import normal, uniform
+from gmkernels.ops.coupling import affine_coupling, affine_coupling_inverse
 from gmkernels.ops.diffusion_noise import add_noise, add_noise_with_target, denoising_loss
 from gmkernels.ops.diffusion_step import (
     ddim_step,
@@ -17,16 +18,26 @@ from gmkernels.ops.diffusion_step import (
 )
 from gmkernels.ops.gaussian import gaussian_kl, gaussian_kl_per_dim, reparameterize_kl
 from gmkernels.ops.likelihood import bernoulli_nll, categorical_nll, gaussian_nll
+from gmkernels.ops.spline import (
+    spline_coupling,
+    spline_coupling_inverse,
+    spline_transform,
+    spline_transform_inverse,
+)
 from gmkernels.sampler import Sampler
 from gmkernels.schedule import Schedule
+from gmkernels.split import Split
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Sampler",
     "Schedule",
+    "Split",
     "add_noise",
     "add_noise_with_target",
+    "affine_coupling",
+    "affine_coupling_inverse",
     "bernoulli_nll",
     "categorical_nll",
     "ddim_step",
@@ -45,6 +56,10 @@ __all__ = [
     "normal",
     "reparameterize_kl",
     "reuse_memory",
+    "spline_coupling",
+    "spline_coupling_inverse",
+    "spline_transform",
+    "spline_transform_inverse",
     "uniform",
     "use_backend",
     "use_isa",

@@ -1,13 +1,10 @@
 """The one helper that makes an op differentiable, whatever asks for the derivative.
 
 - eager mode: a ctx-style autograd.Function whose backward is a second such Function, both calling
-the
-  registered operators below autograd;
+  the registered operators below autograd;
 - under torch.compile and torch.export: the registered operators themselves, with autograd
-registered
-  on the forward and on the backward operator;
-- under torch.func and forward-mode AD: the reference formula, which PyTorch differentiates as it
-is.
+  registered on the forward and on the backward operator;
+- under torch.func and forward-mode AD: the reference formula, which PyTorch differentiates.
 
 Second derivatives are taken through the reference formula everywhere.
 """

@@ -100,6 +100,8 @@ class Op:
             once.
         flops: arithmetic of one forward, (case) -> operations, for the share of the matmul rate.
         floor: what the error may exceed twice eager's by, in ulp of the output's scale, and why.
+        draws: how many inputs eager's error is the worst of, and why more than one: where single
+            errors are magnified by chance, the largest of a small case says little.
         differentiable: whether gradients and second derivatives are tested.
         noisy: whether the call takes `seed=` and `eps=`.
         noise: what eps= equals a seed, (inputs, seed) -> eps; normal noise of the first argument's
@@ -121,6 +123,7 @@ class Op:
     flops: Callable[[Case], int]
     source: str
     floor: tuple[float, str] = (2.0, "one rounding of the result and one of an intermediate")
+    draws: tuple[int, str] = (1, "errors are alike for all inputs of a case")
     differentiable: bool = True
     noisy: bool = False
     noise: Callable[[Inputs, int], Tensor] | None = None

@@ -4,12 +4,14 @@ Bound: the largest error of an output may be twice that of eager PyTorch in the 
 row's floor in units of the last place of the output's scale.
 """
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
 
 import gmkernels
-from gmkernels import dispatch, noise, registry
+from gmkernels import dispatch, registry
 from gmkernels.spec import Case, Inputs, Op, filled
 
 ROWS = [op for op in registry.rows() if op.differentiable]
@@ -79,34 +81,52 @@ def worst(x: Tensor, truth: Tensor) -> float:
     return gap.nan_to_num(nan=float("inf")).max().item() if gap.numel() else 0.0
 
 
-def assert_within(op: Op, name: str, got: Tensor, eager: Tensor, truth: Tensor) -> None:
-    assert got.shape == truth.shape, f"{name}: shape {tuple(got.shape)}, not {tuple(truth.shape)}"
-    truth = truth.detach()
-    finite = truth[truth.isfinite()]
-    scale = finite.abs().max().item() if finite.numel() else 0.0
-    ulp = torch.finfo(got.dtype).eps * scale
-    bound = 2 * worst(eager, truth) + op.floor[0] * ulp
-    error = worst(got, truth)
-    assert error <= bound, f"{name}: error {error:.3e}, bound {bound:.3e}, scale {scale:.3e}"
+def scale_of(truth: Tensor) -> float:
+    finite = truth.detach()[truth.isfinite()]
+    return finite.abs().max().item() if finite.numel() else 0.0
+
+
+Three = tuple[tuple[Tensor, ...], list[Tensor], list[Tensor]]
+
+
+def truth_and_eager(
+    op: Op, case: Case, dtype: torch.dtype, device: str, second: bool, seed: int
+) -> tuple[Inputs, Three, Three]:
+    """Inputs of a case, what the float64 reference gives on them, and what eager PyTorch does."""
+    given = op.inputs(case, dtype, device, seed)
+    wide = with_noise(op, leaves(given.map(Tensor.double)), False)
+    truth = outputs_and_gradients(op.function, wide, second, backend="reference")
+    eager = outputs_and_gradients(op.eager, with_noise(op, leaves(given), True), second)
+    return given, truth, eager
+
+
+def flat(results: Three) -> dict[str, Tensor]:
+    kinds = zip(("output", "gradient", "second"), results, strict=True)
+    return {f"{kind} {i}": x for kind, found in kinds for i, x in enumerate(found)}
 
 
 def compare(
     op: Op, case: Case, dtype: torch.dtype, device: str, backend: str, second: bool
 ) -> None:
-    given = op.inputs(case, dtype, device, 3)
-    truth = outputs_and_gradients(
-        op.function,
-        with_noise(op, leaves(given.map(Tensor.double)), False),
-        second,
-        backend="reference",
-    )
-    eager = outputs_and_gradients(op.eager, with_noise(op, leaves(given), True), second)
+    given, truth, eager = truth_and_eager(op, case, dtype, device, second, 3)
     got = outputs_and_gradients(
         op.function, with_noise(op, leaves(given), False), second, backend=backend
     )
-    for kind, g, e, t in zip(("output", "gradient", "second"), got, eager, truth, strict=True):
-        for i, (a, b, c) in enumerate(zip(g, e, t, strict=True)):
-            assert_within(op, f"{kind} {i}", a, b, c)
+    truths, eagers = flat(truth), flat(eager)
+    allowed = {name: worst(eagers[name], t) / (scale_of(t) or 1.0) for name, t in truths.items()}
+    drawn = 1
+    for name, x in flat(got).items():
+        t, scale = truths[name], scale_of(truths[name])
+        assert x.shape == t.shape, f"{name}: shape {tuple(x.shape)}, not {tuple(t.shape)}"
+        error, floor = worst(x, t), op.floor[0] * torch.finfo(x.dtype).eps * scale
+        while error > 2 * allowed[name] * (scale or 1.0) + floor and drawn < op.draws[0]:
+            _, further, others = truth_and_eager(op, case, dtype, device, second, 3 + 10 * drawn)
+            for other, e in flat(others).items():
+                of = flat(further)[other]
+                allowed[other] = max(allowed[other], worst(e, of) / (scale_of(of) or 1.0))
+            drawn += 1
+        bound = 2 * allowed[name] * (scale or 1.0) + floor
+        assert error <= bound, f"{name}: error {error:.3e}, bound {bound:.3e}, scale {scale:.3e}"
     for x, gradient in zip(given.tensors(), got[1], strict=True):
         assert gradient.dtype == x.dtype
         assert gradient.device == x.device
@@ -260,67 +280,45 @@ def test_layout_of_outputs(op, case, backend, device):
 
 
 @pytest.mark.parametrize("op", EVERY_OP)
-def test_opcheck(op, backend, device):
+def test_opcheck(op, backend, device, monkeypatch):
     if backend == "reference":
         pytest.skip("plain PyTorch")
-    namespace = getattr(torch.ops, dispatch.NAMESPACES[backend])
-    for overload, args in operator_samples(op, device):
-        torch.library.opcheck(getattr(namespace, overload).default, args)
+    case = next(c for c in op.cases if c.kind == "odd")
+    calls = operator_calls(op, case, device, backend, monkeypatch)
+    assert [operator for operator, _ in calls] == [
+        getattr(dispatch.kernel(op.operator, backend), part) for part in ("forward", "backward")
+    ]
+    for operator, args in calls:
+        torch.library.opcheck(operator, args)
 
 
-def operator_samples(op: Op, device: str):
-    """Calls of the registered operators, by hand: the one place that knows their schemas."""
+def operator_calls(op: Op, case: Case, device: str, backend: str, monkeypatch):
+    """(operator, arguments) of the registered operators that a call and its backward make."""
+    calls = []
+    given = leaves(op.inputs(case, torch.float32, device, 3))
+    kernel = dispatch.kernel(op.operator, backend)
 
-    def x(*shape: int) -> Tensor:
-        return (
-            torch.randn(shape, generator=torch.Generator().manual_seed(2))
-            .to(device)
-            .requires_grad_()
-        )
+    def recording(operator):
+        def call(*args):
+            # As leaves: opcheck differentiates with respect to every input that asks for it.
+            calls.append((operator, tuple(_as_leaf(x) for x in args)))
+            return operator(*args)
 
-    key = noise.key(SEED).to(device)
-    plain, prior = (x(3, 5), x(3, 5), None, None), (x(3, 5), x(3, 5), x(3, 5), x(3, 5))
-    levels = torch.zeros(3, 5, dtype=torch.long, device=device)
-    table, t = x(9, 3).detach(), torch.tensor([8, 0, 4], device=device)
-    gather = None, table, t
-    steps = x(9, 11).detach(), t
-    samples = {
-        "reparameterize_kl": (
-            (*plain, None, key, -30.0, 20.0),
-            (x(3, 5), x(3), *prior, x(3, 5), None, -30.0, 20.0, 31),
-        ),
-        "gaussian_kl": ((*prior, -30.0, 20.0), (x(3), *prior, -30.0, 20.0, 15)),
-        "gaussian_kl_per_dim": ((*plain, -30.0, 20.0), (x(5), *plain, -30.0, 20.0, 3)),
-        "gaussian_nll": ((x(3, 5), x(3, 5), x(3, 5)), (x(3), x(3, 5), x(3, 5), x(3), 7)),
-        "bernoulli_nll": ((x(3, 5), x(3, 5)), (x(3), x(3, 5), x(3, 5), 3)),
-        "categorical_nll": ((x(3, 5, 4), levels), (x(3), x(3, 5, 4), levels, 1)),
-        "add_noise": ((x(3, 5), None, key, table, t), (x(3, 5), x(3, 5), x(3, 5), *gather, 3)),
-        "add_noise_with_target": (
-            (x(3, 5), x(3, 5), *gather, 2),
-            (None, x(3, 5), x(3, 5), x(3, 5), *gather, 2, 3),
-        ),
-        "denoising_loss": (
-            (x(3, 5), x(3, 5), None, key, table[:3], None, 0, True),
-            (x(3), x(3, 5).detach(), x(3, 5), x(3, 5), x(3, 5), *gather, 3, 7),
-        ),
-        "sampler_step": (
-            (*(x(3, 5) for _ in range(5)), None, key, *steps, 2.0, 0.5, 0.9, True, True),
-            (
-                *(x(3, 5) for _ in range(2)),
-                x(3).detach().exp(),
-                *(x(3, 5) for _ in range(6)),
-                None,
-                *steps,
-                2.0,
-                0.5,
-                0.9,
-                True,
-                63,
-            ),
-        ),
-    }
-    forward, backward = samples[op.operator]
-    return ((f"{op.operator}_forward", forward), (f"{op.operator}_backward", backward))
+        return call
+
+    recorded = dataclasses.replace(
+        kernel, forward=recording(kernel.forward), backward=recording(kernel.backward)
+    )
+    monkeypatch.setitem(dispatch._TABLE[op.operator], backend, recorded)
+    outputs_and_gradients(op.function, with_noise(op, given, False), False, backend=backend)
+    monkeypatch.undo()
+    return calls
+
+
+def _as_leaf(x):
+    if isinstance(x, Tensor):
+        return x.detach().clone().requires_grad_(x.requires_grad)
+    return x
 
 
 def test_every_backend_has_the_same_schema():

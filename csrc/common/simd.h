@@ -264,5 +264,78 @@ static inline void store_transposed4(float* out, vf x0, vf x1, vf x2, vf x3) {
 #endif
 }
 
+// Four adjacent columns of kLanes rows: x[j][i] = p[i stride + j], and back.
+static inline void load_columns4(const float* p, int64_t stride, vf x[4]) {
+#if defined(__AVX512F__)
+  __m512 r[4];  // quarter q of r[j]: row 4 q + j
+  for (int j = 0; j < 4; ++j) {
+    const float* row = p + j * stride;
+    r[j] = _mm512_castps128_ps512(_mm_loadu_ps(row));
+    r[j] = _mm512_insertf32x4(r[j], _mm_loadu_ps(row + 4 * stride), 1);
+    r[j] = _mm512_insertf32x4(r[j], _mm_loadu_ps(row + 8 * stride), 2);
+    r[j] = _mm512_insertf32x4(r[j], _mm_loadu_ps(row + 12 * stride), 3);
+  }
+  const __m512d a = (__m512d)_mm512_unpacklo_ps(r[0], r[1]);
+  const __m512d b = (__m512d)_mm512_unpacklo_ps(r[2], r[3]);
+  const __m512d c = (__m512d)_mm512_unpackhi_ps(r[0], r[1]);
+  const __m512d d = (__m512d)_mm512_unpackhi_ps(r[2], r[3]);
+  x[0] = (vf)_mm512_unpacklo_pd(a, b);
+  x[1] = (vf)_mm512_unpackhi_pd(a, b);
+  x[2] = (vf)_mm512_unpacklo_pd(c, d);
+  x[3] = (vf)_mm512_unpackhi_pd(c, d);
+#elif defined(__AVX2__)
+  __m256 r[4];  // half q of r[j]: row 4 q + j
+  for (int j = 0; j < 4; ++j) {
+    const float* row = p + j * stride;
+    r[j] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(row)),
+                                _mm_loadu_ps(row + 4 * stride), 1);
+  }
+  const __m256d a = (__m256d)_mm256_unpacklo_ps(r[0], r[1]);
+  const __m256d b = (__m256d)_mm256_unpacklo_ps(r[2], r[3]);
+  const __m256d c = (__m256d)_mm256_unpackhi_ps(r[0], r[1]);
+  const __m256d d = (__m256d)_mm256_unpackhi_ps(r[2], r[3]);
+  x[0] = (vf)_mm256_unpacklo_pd(a, b);
+  x[1] = (vf)_mm256_unpackhi_pd(a, b);
+  x[2] = (vf)_mm256_unpacklo_pd(c, d);
+  x[3] = (vf)_mm256_unpackhi_pd(c, d);
+#else
+  for (int i = 0; i < kLanes; ++i)
+    for (int j = 0; j < 4; ++j) x[j][i] = p[i * stride + j];
+#endif
+}
+static inline void store_columns4(float* p, int64_t stride, vf x0, vf x1, vf x2, vf x3) {
+#if defined(__AVX512F__)
+  const __m512d a = (__m512d)_mm512_unpacklo_ps((__m512)x0, (__m512)x1);
+  const __m512d b = (__m512d)_mm512_unpacklo_ps((__m512)x2, (__m512)x3);
+  const __m512d c = (__m512d)_mm512_unpackhi_ps((__m512)x0, (__m512)x1);
+  const __m512d d = (__m512d)_mm512_unpackhi_ps((__m512)x2, (__m512)x3);
+  const __m512 r[4] = {(__m512)_mm512_unpacklo_pd(a, b), (__m512)_mm512_unpackhi_pd(a, b),
+                       (__m512)_mm512_unpacklo_pd(c, d), (__m512)_mm512_unpackhi_pd(c, d)};
+  for (int j = 0; j < 4; ++j) {
+    float* row = p + j * stride;
+    _mm_storeu_ps(row, _mm512_castps512_ps128(r[j]));
+    _mm_storeu_ps(row + 4 * stride, _mm512_extractf32x4_ps(r[j], 1));
+    _mm_storeu_ps(row + 8 * stride, _mm512_extractf32x4_ps(r[j], 2));
+    _mm_storeu_ps(row + 12 * stride, _mm512_extractf32x4_ps(r[j], 3));
+  }
+#elif defined(__AVX2__)
+  const __m256d a = (__m256d)_mm256_unpacklo_ps((__m256)x0, (__m256)x1);
+  const __m256d b = (__m256d)_mm256_unpacklo_ps((__m256)x2, (__m256)x3);
+  const __m256d c = (__m256d)_mm256_unpackhi_ps((__m256)x0, (__m256)x1);
+  const __m256d d = (__m256d)_mm256_unpackhi_ps((__m256)x2, (__m256)x3);
+  const __m256 r[4] = {(__m256)_mm256_unpacklo_pd(a, b), (__m256)_mm256_unpackhi_pd(a, b),
+                       (__m256)_mm256_unpacklo_pd(c, d), (__m256)_mm256_unpackhi_pd(c, d)};
+  for (int j = 0; j < 4; ++j) {
+    _mm_storeu_ps(p + j * stride, _mm256_castps256_ps128(r[j]));
+    _mm_storeu_ps(p + (j + 4) * stride, _mm256_extractf128_ps(r[j], 1));
+  }
+#else
+  for (int i = 0; i < kLanes; ++i) {
+    float* row = p + i * stride;
+    row[0] = x0[i], row[1] = x1[i], row[2] = x2[i], row[3] = x3[i];
+  }
+#endif
+}
+
 }  // namespace GM_ISA
 }  // namespace gm
