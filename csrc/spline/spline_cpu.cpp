@@ -1,0 +1,255 @@
+#include <type_traits>
+
+#include "common/slot_blocks.h"
+#include "spline/spline_lanes.h"
+
+namespace gm {
+namespace GM_ISA {
+
+static inline vf load_lanes(const float* p, int64_t n) {
+  if (n == kLanes) return load<vf>(p);
+  vf x = vf{};
+  memcpy(&x, p, n * sizeof(float));
+  return x;
+}
+
+static inline void put_lanes(const Out& y, int64_t i, vf x, int64_t n) {
+  if (n == kLanes) return put<vf>(y, i, x);
+  memcpy(y.data + i, &x, n * sizeof(float));
+}
+
+// n elements whose parameters start at (row, slot): y and log_det of each.
+template <int kBins, bool kInverse>
+static void forward_elements(const SplineArgs& a, int64_t row, int64_t slot, int64_t n,
+                             const float* x, const Out& y, float* log_det) {
+  const int bins = kBins ? kBins : a.bins;
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int64_t count = n - i < kLanes ? n - i : kLanes;
+    Parameters p;
+    for (int j = 0; j < 3; ++j) load_segment(a, j, bins - (j == 2), row, slot + i, count, p.raw[j]);
+    const vf at = load_lanes(x + i, count);
+    const vi inside = (at >= -a.bound) & (at <= a.bound);
+    const vf held = select(inside, at, vf{});
+    const Found f = find_bin<kInverse>(a, bins, held, p);
+    const Point<vf> point = point_of<kInverse>(held, f.bin);
+    put_lanes(y, i, select(inside, point.image, at), count);
+    store<vf>(log_det + i, select(inside, log_slope(point), at != at ? at : vf{}));
+  }
+}
+
+// In place of the exponentials the gradients of raw sizes, from those of the bin's edge and size.
+static inline void softmax_gradients(Parameters& p, int bins, const Found& f, float bound,
+                                     const vf edges[2], const vf sizes[2]) {
+  vf edge[2], size[2], mean[2];
+  for (int j = 0; j < 2; ++j) {
+    const vf scale = f.over[j] * (2.0f * bound * f.axis[j].rest);
+    edge[j] = edges[j] * scale;
+    size[j] = sizes[j] * scale;
+    mean[j] = (edge[j] * f.before[j] + size[j] * f.chosen[j]) * f.over[j];
+  }
+  for (int k = 0; k < bins; ++k) {
+    const vi before = f.number > k, here = f.number == k;
+    for (int j = 0; j < 2; ++j) {
+      const vf c = select(before, edge[j], select(here, size[j], vf{}));
+      p.raw[j][k] = p.raw[j][k] * (c - mean[j]);
+    }
+  }
+}
+
+// The gradients of n elements whose parameters start at (row, slot); l: of each one's log det.
+template <int kBins, bool kInverse>
+static void backward_elements(const SplineArgs& a, int64_t row, int64_t slot, int64_t n,
+                              const float* x, const float* dy, const float* dlog_det,
+                              const Out& dx) {
+  const int bins = kBins ? kBins : a.bins;
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int64_t count = n - i < kLanes ? n - i : kLanes;
+    Parameters p;
+    for (int j = 0; j < 3; ++j) load_segment(a, j, bins - (j == 2), row, slot + i, count, p.raw[j]);
+    const vf at = load_lanes(x + i, count), g = load_lanes(dy + i, count);
+    const vf l = load_lanes(dlog_det + i, count);
+    const vi inside = (at >= -a.bound) & (at <= a.bound);
+    const vf held = select(inside, at, vf{});
+    const Found f = find_bin<kInverse>(a, bins, held, p);
+    BinGradients<vf> d = bin_gradients<kInverse>(point_of<kInverse>(held, f.bin), f.bin, g, l);
+    if (a.dx.data) put_lanes(dx, i, select(inside, d.dx, g), count);
+    const vf nothing = at != at ? at : vf{};  // NaN stays, what is outside has no gradient
+    for (vf* part : {&d.dw, &d.dh, &d.dleft, &d.dlow, &d.dd0, &d.dd1})
+      *part = select(inside, *part, nothing);
+    const vf edges[2] = {d.dleft, d.dlow}, sizes[2] = {d.dw, d.dh};
+    softmax_gradients(p, bins, f, a.bound, edges, sizes);
+    const vf dd0 = d.dd0 * f.sigmoid[0], dd1 = d.dd1 * f.sigmoid[1];
+    for (int k = 1; k < bins; ++k)
+      p.raw[2][k - 1] = select(f.number == k, dd0, select(f.number == k - 1, dd1, nothing));
+    if (a.joint && a.draw[0].data && a.draw[0].dtype == DType::f32 && count == kLanes) {
+      store_joint(a, bins, row, slot + i, p);
+      continue;
+    }
+    for (int j = 0; j < 3; ++j)
+      store_segment(a, j, bins - (j == 2), row, slot + i, count, p.raw[j]);
+  }
+}
+
+// Where rows are short and their parameters adjacent, lanes go on into the next row.
+constexpr int64_t kShort = 4 * kLanes;
+
+static inline bool spans_rows(const SplineArgs& a) {
+  bool dense = a.part > 0 && a.part < kShort;
+  for (int j = 0; j < 3; ++j) {
+    dense = dense && a.raw[j].row_stride == a.part * a.step[j];
+    dense = dense && (!a.draw[j].data || a.draw[j].row_stride == a.part * a.step[j]);
+  }
+  return dense;
+}
+
+// body(row, rows, n): groups of whole rows whose n = rows * part elements fit a block.
+template <class Body>
+static inline void for_groups(const SplineArgs& a, int64_t begin, int64_t end, Body body) {
+  const int64_t most = kBlock / a.part;
+  for (int64_t row = begin; row < end; row += most) {
+    const int64_t rows = end - row < most ? end - row : most;
+    body(row, rows, rows * a.part);
+  }
+  stream_fence();
+}
+
+static inline int64_t position_of(const SplineArgs& a, const int32_t* table, int64_t slot) {
+  return table ? table[slot / a.inner] * a.inner + slot % a.inner : a.begin + slot;
+}
+
+// The transformed elements of several rows, one after the other.
+static void read_rows(const SplineArgs& a, const Operand& x, const int32_t* table, int64_t row,
+                      int64_t rows, float* out) {
+  for (int64_t slot = 0; slot < a.part; ++slot) {
+    const int64_t position = position_of(a, table, slot);
+    for (int64_t r = 0; r < rows; ++r) {
+      Buffer one;
+      out[r * a.part + slot] = *load_block(x, row + r, position, 1, one);
+    }
+  }
+}
+
+static void write_rows(const SplineArgs& a, const Result& y, const int32_t* table, int64_t row,
+                       int64_t rows, const float* in) {
+  if (!y.data) return;
+  for (int64_t slot = 0; slot < a.part; ++slot) {
+    const int64_t position = position_of(a, table, slot);
+    for (int64_t r = 0; r < rows; ++r) {
+      Buffer one;
+      one.data[0] = in[r * a.part + slot];
+      const int64_t at = (row + r) * y.row_stride + position;
+      if (y.dtype == DType::f32)
+        ((float*)y.data)[at] = one.data[0];
+      else
+        close_block(y, row + r, position, 1, one);
+    }
+  }
+}
+
+// body(bins, is_inverse) as constants; 0 stands for any number of bins.
+template <class Body>
+static void with_kind(const SplineArgs& a, Body body) {
+  const auto direction = [&](auto bins) {
+    a.inverse ? body(bins, std::true_type{}) : body(bins, std::false_type{});
+  };
+  a.bins == 8 ? direction(std::integral_constant<int, 8>{})
+              : direction(std::integral_constant<int, 0>{});
+}
+
+template <int kBins, bool kInverse>
+static void forward_tasks(const SplineArgs& a, double* sums, int64_t begin, int64_t end) {
+  const auto pass_block = [&](int64_t row, int64_t slot, int64_t in_at, int64_t out_at, int64_t n) {
+    pass(a.x, a.from, a.y, a.to, a.inner, row, slot, in_at, out_at, n);
+  };
+  Buffer log_det;
+  if (spans_rows(a)) {
+    return for_groups(a, begin, end, [&](int64_t row, int64_t rows, int64_t n) {
+      Buffer x, y;
+      read_rows(a, a.x, a.from, row, rows, x.data);
+      forward_elements<kBins, kInverse>(a, row, 0, n, x.data, {y.data, false}, log_det.data);
+      write_rows(a, a.y, a.to, row, rows, y.data);
+      for (int64_t r = row; r < row + rows; ++r) {
+        double sum = 0.0;
+        for (int64_t i = 0; i < a.part; ++i) sum += log_det.data[(r - row) * a.part + i];
+        sums[r] = sum;
+        for_runs(a, a.part, a.columns - a.part, [&](auto... block) { pass_block(r, block...); });
+      }
+    });
+  }
+  for_chunks(a.columns, begin, end, [&](int64_t task, int64_t row, int64_t start, int64_t n) {
+    double sum = 0.0;
+    for_parts(
+        a, start, n,
+        [&](int64_t slot, int64_t in_at, int64_t out_at, int64_t count) {
+          Buffer buffers[2];
+          const float* x = read_slots(a.x, a.from, a.inner, row, slot, in_at, count, buffers[0]);
+          const Out y = open_slots(a.y, row, out_at, buffers[1]);
+          forward_elements<kBins, kInverse>(a, row, slot, count, x, y, log_det.data);
+          close_slots(a.y, a.to, a.inner, row, slot, out_at, count, buffers[1]);
+          BlockSum block;
+          for_vectors(count, [&](auto lane, int64_t i) {
+            block.add(load<decltype(lane)>(log_det.data + i));
+          });
+          sum += block.total();
+        },
+        [&](auto... block) { pass_block(row, block...); });
+    sums[task] = sum;
+  });
+}
+
+template <int kBins, bool kInverse>
+static void backward_tasks(const SplineArgs& a, int64_t begin, int64_t end) {
+  const auto pass_block = [&](int64_t row, int64_t slot, int64_t in_at, int64_t out_at, int64_t n) {
+    pass(a.dy, a.to, a.dx, a.from, a.inner, row, slot, out_at, in_at, n);
+  };
+  if (spans_rows(a)) {
+    return for_groups(a, begin, end, [&](int64_t row, int64_t rows, int64_t n) {
+      Buffer x, dy, dx, dlog_det, one;
+      read_rows(a, a.x, a.from, row, rows, x.data);
+      if (a.dy.data)
+        read_rows(a, a.dy, a.to, row, rows, dy.data);
+      else
+        load_block(a.dy, row, 0, n, dy);
+      for (int64_t r = 0; r < rows; ++r) {
+        const float l = *load_block(a.dlog_det, row + r, 0, 1, one);
+        for (int64_t i = 0; i < a.part; ++i) dlog_det.data[r * a.part + i] = l;
+      }
+      backward_elements<kBins, kInverse>(a, row, 0, n, x.data, dy.data, dlog_det.data,
+                                         {dx.data, false});
+      write_rows(a, a.dx, a.from, row, rows, dx.data);
+      for (int64_t r = row; r < row + rows; ++r)
+        for_runs(a, a.part, a.columns - a.part, [&](auto... block) { pass_block(r, block...); });
+    });
+  }
+  for_chunks(a.columns, begin, end, [&](int64_t, int64_t row, int64_t start, int64_t n) {
+    for_parts(
+        a, start, n,
+        [&](int64_t slot, int64_t in_at, int64_t out_at, int64_t count) {
+          Buffer buffers[4];
+          const float* x = read_slots(a.x, a.from, a.inner, row, slot, in_at, count, buffers[0]);
+          const float* dy = read_slots(a.dy, a.to, a.inner, row, slot, out_at, count, buffers[1]);
+          const float* l = load_block(a.dlog_det, row, 0, count, buffers[2]);
+          const Out dx = open_slots(a.dx, row, in_at, buffers[3]);
+          backward_elements<kBins, kInverse>(a, row, slot, count, x, dy, l, dx);
+          close_slots(a.dx, a.from, a.inner, row, slot, in_at, count, buffers[3]);
+        },
+        [&](auto... block) { pass_block(row, block...); });
+  });
+}
+
+static void forward(const SplineArgs& a, double* sums, int64_t begin, int64_t end) {
+  with_kind(a, [&](auto bins, auto inverse) {
+    forward_tasks<bins.value, inverse.value>(a, sums, begin, end);
+  });
+}
+
+static void backward(const SplineArgs& a, int64_t begin, int64_t end) {
+  with_kind(a, [&](auto bins, auto inverse) {
+    backward_tasks<bins.value, inverse.value>(a, begin, end);
+  });
+}
+
+extern const SplineTable spline_table = {forward, backward};
+
+}  // namespace GM_ISA
+}  // namespace gm
