@@ -1,0 +1,131 @@
+// Scores of a block of keys to probabilities, lanes = queries: what is hidden, the softcap, the
+// running maximum and sum.
+#pragma once
+
+#include "attention/pack.h"
+#include "common/math.h"
+
+namespace gm {
+namespace GM_ISA {
+
+constexpr float kHidden = -1e30f;  // stands for -inf, so that differences stay finite
+constexpr float kLog2E = 1.44269504088896341f;
+constexpr float kLn2 = 0.693147180559945309f;
+
+// What queries [i, i + n) of a tile see: [low, high) of each lane, empty for lanes from n on.
+struct Tile {
+  int64_t b, h, i, n;
+  int64_t vectors;  // that hold queries
+  alignas(64) int32_t low[kTile], high[kTile];
+  int64_t first, last;  // keys that any query may see
+
+  Tile(const AttentionArgs& a, int64_t b, int64_t h, int64_t tile) : b(b), h(h), i(tile * kTile) {
+    n = std::min<int64_t>(kTile, a.queries - i);
+    vectors = (n + kLanes - 1) / kLanes;
+    const int64_t at = b * a.range_stride + i;
+    for (int64_t q = 0; q < kTile; ++q) {
+      low[q] = q < n ? a.lo[at + q] : 0;
+      high[q] = q < n ? a.hi[at + q] : 0;
+    }
+    first = low[0];
+    last = high[n - 1];
+  }
+
+  // Whether every query sees all of the keys [j, j + count).
+  bool sees_all(const AttentionArgs& a, int64_t j, int64_t count) const {
+    return !a.key_mask && low[n - 1] <= j && j + count <= high[0];
+  }
+};
+
+// What becomes of products q k: scale q k, or softcap tanh(scale q k / softcap).
+struct Scores {
+  float factor;   // takes what stands in a block to powers of two
+  float softcap;  // 0: none
+  float inner;    // scale / softcap
+
+  explicit Scores(const AttentionArgs& a)
+      : factor(a.softcap > 0.0f ? a.softcap * kLog2E : a.scale * kLog2E),
+        softcap(a.softcap),
+        inner(a.softcap > 0.0f ? a.scale / a.softcap : 0.0f) {}
+
+  // A softcap leaves tanh(scale q k / softcap) in the block; without one nothing changes.
+  void cap(float* s, int64_t keys, int64_t vectors) const {
+    if (softcap <= 0.0f) return;
+    for (int64_t j = 0; j < keys; ++j)
+      for (int64_t v = 0; v < vectors; ++v) {
+        float* at = s + j * kTile + v * kLanes;
+        store<vf>(at, tanh(load<vf>(at) * inner));
+      }
+  }
+};
+
+// Puts kHidden where a query does not see key j + row.
+static inline void hide(const AttentionArgs& a, const Tile& t, int64_t j, int64_t keys, float* s) {
+  const uint8_t* seen = a.key_mask ? a.key_mask + t.b * a.keys + j : nullptr;
+  for (int64_t row = 0; row < keys; ++row) {
+    const bool dropped = seen && !seen[row];
+    for (int64_t v = 0; v < t.vectors; ++v) {
+      vi low, high;
+      memcpy(&low, t.low + v * kLanes, sizeof(vi));
+      memcpy(&high, t.high + v * kLanes, sizeof(vi));
+      const vi key = vi{} + (int32_t)(j + row);
+      const vi visible = dropped ? vi{} : (vi)((key >= low) & (key < high));
+      float* at = s + row * kTile + v * kLanes;
+      store<vf>(at, select(visible, load<vf>(at), splat<vf>(kHidden)));
+    }
+  }
+}
+
+// Running maximum (in units of 2^x) and sum of each query.
+struct Running {
+  alignas(64) float top[kTile], sum[kTile], shrink[kTile];
+  Running() {
+    for (int q = 0; q < kTile; ++q) {
+      top[q] = kHidden;
+      sum[q] = 0.0f;
+    }
+  }
+};
+
+static inline vf larger(vf a, vf b) { return select(a > b, a, b); }
+
+// Takes a block of scores in: s becomes probabilities against the new maximum. Returns whether what
+// was summed before must be multiplied by shrink.
+template <bool kMasked>
+static inline bool softmax_block(const Scores& scores, float* s, int64_t keys, int64_t vectors,
+                                 Running& run) {
+  const vf factor = splat<vf>(scores.factor);
+  bool shrinks = false;
+  for (int64_t v = 0; v < vectors; ++v) {
+    float* column = s + v * kLanes;
+    vf top0 = splat<vf>(kHidden), top1 = top0, top2 = top0, top3 = top0;
+    int64_t j = 0;
+    for (; j + 4 <= keys; j += 4) {
+      top0 = larger(load<vf>(column + j * kTile), top0);
+      top1 = larger(load<vf>(column + (j + 1) * kTile), top1);
+      top2 = larger(load<vf>(column + (j + 2) * kTile), top2);
+      top3 = larger(load<vf>(column + (j + 3) * kTile), top3);
+    }
+    for (; j < keys; ++j) top0 = larger(load<vf>(column + j * kTile), top0);
+    const vf before = load<vf>(run.top + v * kLanes);
+    const vf top = larger(larger(larger(top0, top1), larger(top2, top3)) * factor, before);
+    const vf shrink = exp2_nonpositive(before - top);
+    store<vf>(run.top + v * kLanes, top);
+    store<vf>(run.shrink + v * kLanes, shrink);
+    vf sum = load<vf>(run.sum + v * kLanes) * shrink;
+    for (j = 0; j < keys; ++j) {
+      const vf x = load<vf>(column + j * kTile);
+      vf p = exp2_nonpositive(fma(x, factor, -top));
+      if constexpr (kMasked) p = select(x == kHidden, vf{}, p);
+      sum += p;
+      store<vf>(column + j * kTile, p);
+    }
+    store<vf>(run.sum + v * kLanes, sum);
+    const vi same = (vi)(before == top);
+    for (int i = 0; i < kLanes; ++i) shrinks |= !same[i];
+  }
+  return shrinks;
+}
+
+}  // namespace GM_ISA
+}  // namespace gm
