@@ -119,6 +119,7 @@ static AttentionArgs read_args(const Layout& layout, const Tensor& q, const Tens
   a.q = heads_of(layout, "q", q);
   a.k = heads_of(layout, "k", k);
   if (v) a.v = heads_of(layout, "v", *v);
+  a.has_values = v.has_value();
   a.batches = q.size(0);
   a.heads = q.size(1);
   a.queries = q.size(2);
@@ -226,15 +227,14 @@ static Three attention_backward(const MaybeTensor& dout, const MaybeTensor& dlse
     a.partial = partial.get();
   }
   const AttentionTable& table = select_attention(a.q.dtype);
-  run_tasks(a, pairs * a.parts,
-            [&](int64_t begin, int64_t end) { table.backward(a, begin, end); });
+  run_tasks(a, pairs * a.parts, [&](int64_t begin, int64_t end) { table.backward(a, begin, end); });
   if (a.partial)
     run_tasks(a, pairs * a.keys,
               [&](int64_t begin, int64_t end) { table.sum_parts(a, begin, end); });
   return {dq, dk, dv};
 }
 
-#define GM_PARAMETERS                                                              \
+#define GM_PARAMETERS                                                                  \
   "Tensor q, Tensor k, Tensor? v, Tensor? key_mask, Tensor? cu_seqlens, bool causal, " \
   "int window, float scale, float softcap"
 

@@ -19,14 +19,15 @@ struct Heads {
 // One call. Query i of batch b sees the keys [lo, hi) of [b * range_stride + i], both of which
 // never decrease with i, but for those where key_mask is false.
 struct AttentionArgs {
-  Heads q, k, v, o, dout;                    // v is null for the log-sum-exp alone
-  const float* lse = nullptr;                // backward: [B, H, Tq] contiguous
-  const float* dlse = nullptr;               // [B, H, Tq] contiguous, or null
+  Heads q, k, v, o, dout;       // dout is null where only lse has a gradient
+  bool has_values = false;      // false for the log-sum-exp alone: no v, no o
+  const float* lse = nullptr;   // backward: [B, H, Tq] contiguous
+  const float* dlse = nullptr;  // [B, H, Tq] contiguous, or null
   int64_t batches, heads, kv_heads, queries, keys, width;
   const int32_t *lo, *hi;
   int64_t range_stride;
-  const uint8_t* key_mask = nullptr;         // [B, Tk], null where no key in [lo, hi) is hidden
-  float scale, softcap;                      // softcap 0: none
+  const uint8_t* key_mask = nullptr;  // [B, Tk], null where no key in [lo, hi) is hidden
+  float scale, softcap;               // softcap 0: none
   // Forward: contiguous outputs.
   void* o_out = nullptr;
   float* lse_out = nullptr;

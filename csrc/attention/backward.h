@@ -34,6 +34,7 @@ class Backward {
  public:
   explicit Backward(const AttentionArgs& a)
       : a_(a),
+        score_(a),
         wide_(padded(a.width)),
         row_words_(words<S>(a.width)),
         rows_(scratch<Word>(kTile * wide_)),
@@ -51,8 +52,8 @@ class Backward {
   void run(const Tile& t, float* sums) {
     const auto q = read_rows(S{}, a_.q, t.b, t.h, t.i, t.n, a_.width, rows_.get());
     turn(q.data, q.row, row_words_, t.n, q_turned_.get());
-    const auto q_rows =
-        read_columns(S{}, a_.q, t.b, t.h, t.i, t.n, a_.width, wide_, q_rows_.get());
+    score_.pack(q_turned_.get(), row_words_ * kTile);
+    const auto q_rows = read_columns(S{}, a_.q, t.b, t.h, t.i, t.n, a_.width, wide_, q_rows_.get());
     Rows<S> do_rows{};
     if (a_.dout.data) {
       const auto dout = read_rows(S{}, a_.dout, t.b, t.h, t.i, t.n, a_.width, rows_.get());
@@ -108,12 +109,13 @@ class Backward {
       product<S, false>({v.data, v.row, 1, do_turned_.get(), kTile, ds_.get(), kTile, row_words_},
                         keys, vectors);
     }
-    const Scores scores(a_);
-    if (t.sees_all(a_, j, keys)) {
-      score_gradients<false>(scores, t, j, keys);
-    } else {
-      score_gradients<true>(scores, t, j, keys);
-    }
+    score_.cap(p_.get(), keys, vectors);
+    const bool all = t.sees_all(a_, j, keys);
+    if (!all) hide(a_, t, j, keys, p_.get());
+    score_.is_unit() ? (all ? score_gradients<false, true>(keys, vectors)
+                            : score_gradients<true, true>(keys, vectors))
+                     : (all ? score_gradients<false, false>(keys, vectors)
+                            : score_gradients<true, false>(keys, vectors));
     const int64_t lanes = wide_ / kLanes, steps = words<S>(t.n), row = kTile / S::kPer;
     if (a_.dv && a_.dout.data) {
       const Word* p = along_queries(S{}, p_.get(), keys, vectors, p_words_.get());
@@ -135,29 +137,30 @@ class Backward {
   }
 
   // Scores in p_ to probabilities, dP in ds_ to dS, gradients of the scaled products.
-  template <bool kMasked>
-  void score_gradients(const Scores& scores, const Tile& t, int64_t j, int64_t keys) {
-    float *p = p_.get(), *ds = ds_.get();
-    if (a_.softcap > 0.0f) scores.cap(p, keys, t.vectors);
-    if constexpr (kMasked) hide(a_, t, j, keys, p);
-    const vf factor = splat<vf>(scores.factor);
-    for (int64_t v = 0; v < t.vectors; ++v) {
+  template <bool kMasked, bool kUnit>
+  void score_gradients(int64_t keys, int64_t vectors) {
+    const vf factor = splat<vf>(score_.factor);
+    for (int64_t v = 0; v < vectors; ++v) {
       const vf lse = load<vf>(lse_ + v * kLanes), delta = load<vf>(delta_ + v * kLanes);
       for (int64_t row = 0; row < keys; ++row) {
         const int64_t at = row * kTile + v * kLanes;
-        const vf x = load<vf>(p + at);
-        vf y = exp2_nonpositive(fma(x, factor, -lse));
-        if constexpr (kMasked) y = select(x == kHidden, vf{}, y);
-        vf gradient = a_.dout.data ? y * (load<vf>(ds + at) - delta) : y * -delta;
-        if (a_.softcap > 0.0f) gradient = gradient * fma(-x, x, splat<vf>(1.0f));
-        if constexpr (kMasked) gradient = select(x == kHidden, vf{}, gradient);
-        store<vf>(p + at, y);
-        store<vf>(ds + at, gradient);
+        const vf x = load<vf>(p_.get() + at);
+        vf p = exp2_nonpositive(minus<kUnit>(x, factor, lse));
+        if constexpr (kMasked) p = select(x == kHidden, vf{}, p);
+        const vf dp = a_.dout.data ? load<vf>(ds_.get() + at) : vf{};
+        vf ds = p * (dp - delta);
+        if constexpr (!kUnit) {
+          if (score_.is_capped) ds = ds * fma(-x, x, splat<vf>(1.0f));
+          if constexpr (kMasked) ds = select(x == kHidden, vf{}, ds);
+        }
+        store<vf>(p_.get() + at, p);
+        store<vf>(ds_.get() + at, ds);
       }
     }
   }
 
   const AttentionArgs& a_;
+  Scores<S> score_;
   int64_t wide_, row_words_;
   Scratch<Word> rows_, q_turned_, do_turned_, q_rows_, do_rows_;
   Scratch<float> p_, ds_;
@@ -204,8 +207,8 @@ static inline void sum_parts(const AttentionArgs& a, int64_t begin, int64_t end)
         });
       void* out = half ? a.dv : a.dk;
       if (out)
-        write_sums(first, wide, 1, half ? 1.0f : a.scale,
-                   output_row(out, a.q.dtype, a.width, task), a.q.dtype, a.width);
+        write_sums(first, wide, 1, half ? 1.0f : a.scale, output_row(out, a.q.dtype, a.width, task),
+                   a.q.dtype, a.width);
     }
   }
 }

@@ -17,6 +17,7 @@ class Forward {
  public:
   explicit Forward(const AttentionArgs& a)
       : a_(a),
+        score_(a),
         wide_(padded(a.width)),
         rows_(scratch<Word>(std::max<int64_t>(kTile, kKeys) * wide_)),
         turned_(scratch<Word>(words<S>(a.width) * kTile)),
@@ -28,6 +29,7 @@ class Forward {
     const int64_t kv_head = t.h / a_.group();
     const auto q = read_rows(S{}, a_.q, t.b, t.h, t.i, t.n, a_.width, rows_.get());
     turn(q.data, q.row, words<S>(a_.width), t.n, turned_.get());
+    score_.pack(turned_.get(), words<S>(a_.width) * kTile);
     Running run;
     memset(out_.get(), 0, a_.width * kTile * sizeof(float));
     for (int64_t j = t.first; j < t.last; j += kKeys)
@@ -37,20 +39,18 @@ class Forward {
 
  private:
   void block(const Tile& t, int64_t kv_head, int64_t j, int64_t keys, Running& run) {
-    const Scores scores(a_);
     float* s = scores_.get();
     const auto k = read_rows(S{}, a_.k, t.b, kv_head, j, keys, a_.width, rows_.get());
-    product<S, false>(
-        {k.data, k.row, 1, turned_.get(), kTile, s, kTile, words<S>(a_.width)}, keys, t.vectors);
-    scores.cap(s, keys, t.vectors);
-    bool shrinks;
-    if (t.sees_all(a_, j, keys)) {
-      shrinks = softmax_block<false>(scores, s, keys, t.vectors, run);
-    } else {
-      hide(a_, t, j, keys, s);
-      shrinks = softmax_block<true>(scores, s, keys, t.vectors, run);
-    }
-    if (!a_.v.data) return;
+    product<S, false>({k.data, k.row, 1, turned_.get(), kTile, s, kTile, words<S>(a_.width)}, keys,
+                      t.vectors);
+    score_.cap(s, keys, t.vectors);
+    const bool all = t.sees_all(a_, j, keys);
+    if (!all) hide(a_, t, j, keys, s);
+    const auto softmax = score_.is_unit()
+                             ? (all ? softmax_block<false, true> : softmax_block<true, true>)
+                             : (all ? softmax_block<false, false> : softmax_block<true, false>);
+    const bool shrinks = softmax(score_.factor, s, keys, t.vectors, run);
+    if (!a_.has_values) return;
     if (shrinks && j > t.first) {
       for (int64_t d = 0; d < a_.width; ++d)
         for (int64_t v = 0; v < t.vectors; ++v) {
@@ -75,13 +75,14 @@ class Forward {
       store<vf>(run.shrink + v * kLanes, select(none, splat<vf>(-__builtin_inff()), lse));
     }
     memcpy(a_.lse_out + at, run.shrink, t.n * sizeof(float));
-    if (!a_.v.data) return;
+    if (!a_.has_values) return;
     const int64_t bytes = a_.q.dtype == DType::f32 ? 4 : 2;
     write_turned(out_.get(), inverse, t.n, a_.width, (char*)a_.o_out + at * a_.width * bytes,
                  a_.width, a_.q.dtype);
   }
 
   const AttentionArgs& a_;
+  Scores<S> score_;
   int64_t wide_;
   Scratch<Word> rows_, turned_;
   Scratch<float> scores_;
@@ -91,9 +92,7 @@ class Forward {
 
 // Tiles of a (batch, head) in turn from both ends: neighbouring tasks cost alike under a causal
 // mask.
-static inline int64_t from_both_ends(int64_t i, int64_t n) {
-  return i % 2 ? n - 1 - i / 2 : i / 2;
-}
+static inline int64_t from_both_ends(int64_t i, int64_t n) { return i % 2 ? n - 1 - i / 2 : i / 2; }
 
 template <class S>
 static void forward_tasks(const AttentionArgs& a, int64_t begin, int64_t end) {

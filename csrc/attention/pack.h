@@ -110,8 +110,8 @@ static inline __m512i pair_words(__m512 low, __m512 high) {
   return _mm512_or_si512(_mm512_cvtepu16_epi32(l), _mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
 }
 
-static inline void interleave_rows(const uint16_t* low, const uint16_t* high, int64_t n,
-                                   int64_t to, uint32_t* out) {
+static inline void interleave_rows(const uint16_t* low, const uint16_t* high, int64_t n, int64_t to,
+                                   uint32_t* out) {
   int64_t i = 0;
   for (; i + 16 <= n; i += 16) {
     const __m512i l = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(low + i)));
@@ -165,8 +165,7 @@ static inline const uint32_t* along_keys(Pairs, const float* x, int64_t rows, in
     for (int64_t v = 0; v < vectors; ++v) {
       const float* at = x + j * kTile + v * kLanes;
       const __m512 high = j + 1 < rows ? _mm512_loadu_ps(at + kTile) : _mm512_setzero_ps();
-      _mm512_storeu_si512(out + j / 2 * kTile + v * kLanes,
-                          pair_words(_mm512_loadu_ps(at), high));
+      _mm512_storeu_si512(out + j / 2 * kTile + v * kLanes, pair_words(_mm512_loadu_ps(at), high));
     }
   return out;
 }
@@ -246,8 +245,8 @@ static inline void turn(const void* tile, int64_t in_row, int64_t row, int64_t n
 
 // Turns x [D, kTile] times `scale` (one a query) back to rows [n, D] of a dtype, `row` elements
 // apart.
-static inline void write_turned(const float* x, const float* scale, int64_t n, int64_t width, void* out,
-                                int64_t row, DType dtype) {
+static inline void write_turned(const float* x, const float* scale, int64_t n, int64_t width,
+                                void* out, int64_t row, DType dtype) {
   float rows[kLanes * kLanes];
   for (int64_t q = 0; q < n; q += kLanes) {
     const vf factor = load<vf>(scale + q);

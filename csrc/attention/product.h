@@ -53,8 +53,7 @@ static inline void product_tile(const Product<S>& p) {
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c)
-      sum[r][c] = kAdd ? load<vf>(p.c + r * p.c_row + c * kLanes) : vf{};
+    for (int c = 0; c < C; ++c) sum[r][c] = kAdd ? load<vf>(p.c + r * p.c_row + c * kLanes) : vf{};
   const typename S::Word *a = p.a, *b = p.b;
   for (int64_t k = 0; k < p.steps; ++k, a += p.a_step, b += p.b_step) {
     vf x[C];

@@ -37,20 +37,39 @@ struct Tile {
   }
 };
 
-// What becomes of products q k: scale q k, or softcap tanh(scale q k / softcap).
+// What becomes of products q k: scale q k, or softcap tanh(scale q k / softcap). Factors of float32
+// go into the queries beforehand, so that the largest score of a query is exactly its maximum;
+// bfloat16 queries stay as they are.
+template <class S>
 struct Scores {
-  float factor;   // takes what stands in a block to powers of two
-  float softcap;  // 0: none
-  float inner;    // scale / softcap
+  float packed;  // of the queries
+  float inner;   // of what tanh() gets
+  float factor;  // takes what stands in a block to powers of two
+  bool is_capped;
 
-  explicit Scores(const AttentionArgs& a)
-      : factor(a.softcap > 0.0f ? a.softcap * kLog2E : a.scale * kLog2E),
-        softcap(a.softcap),
-        inner(a.softcap > 0.0f ? a.scale / a.softcap : 0.0f) {}
+  explicit Scores(const AttentionArgs& a) : is_capped(a.softcap > 0.0f) {
+    const float outer = is_capped ? a.softcap * kLog2E : 1.0f;
+    const float own = is_capped ? a.scale / a.softcap : a.scale * kLog2E;
+    const bool packs = S::kPer == 1;
+    packed = packs ? own : 1.0f;
+    inner = packs ? 1.0f : own;
+    factor = is_capped ? outer : packs ? 1.0f : own;
+  }
+
+  // Whether blocks hold powers of two as they are.
+  bool is_unit() const { return factor == 1.0f; }
+
+  // Multiplies the turned queries.
+  void pack(typename S::Word* turned, int64_t count) const {
+    if constexpr (S::kPer == 1) {
+      for (int64_t i = 0; i < count; i += kLanes)
+        store<vf>(turned + i, load<vf>(turned + i) * packed);
+    }
+  }
 
   // A softcap leaves tanh(scale q k / softcap) in the block; without one nothing changes.
   void cap(float* s, int64_t keys, int64_t vectors) const {
-    if (softcap <= 0.0f) return;
+    if (!is_capped) return;
     for (int64_t j = 0; j < keys; ++j)
       for (int64_t v = 0; v < vectors; ++v) {
         float* at = s + j * kTile + v * kLanes;
@@ -58,6 +77,12 @@ struct Scores {
       }
   }
 };
+
+// x times the factor, less y; without a rounding between them where there is a factor.
+template <bool kUnit>
+static inline vf minus(vf x, vf factor, vf y) {
+  return kUnit ? x - y : fma(x, factor, -y);
+}
 
 // Puts kHidden where a query does not see key j + row.
 static inline void hide(const AttentionArgs& a, const Tile& t, int64_t j, int64_t keys, float* s) {
@@ -91,10 +116,10 @@ static inline vf larger(vf a, vf b) { return select(a > b, a, b); }
 
 // Takes a block of scores in: s becomes probabilities against the new maximum. Returns whether what
 // was summed before must be multiplied by shrink.
-template <bool kMasked>
-static inline bool softmax_block(const Scores& scores, float* s, int64_t keys, int64_t vectors,
+template <bool kMasked, bool kUnit>
+static inline bool softmax_block(float scores_factor, float* s, int64_t keys, int64_t vectors,
                                  Running& run) {
-  const vf factor = splat<vf>(scores.factor);
+  const vf factor = splat<vf>(scores_factor);
   bool shrinks = false;
   for (int64_t v = 0; v < vectors; ++v) {
     float* column = s + v * kLanes;
@@ -115,7 +140,7 @@ static inline bool softmax_block(const Scores& scores, float* s, int64_t keys, i
     vf sum = load<vf>(run.sum + v * kLanes) * shrink;
     for (j = 0; j < keys; ++j) {
       const vf x = load<vf>(column + j * kTile);
-      vf p = exp2_nonpositive(fma(x, factor, -top));
+      vf p = exp2_nonpositive(minus<kUnit>(x, factor, top));
       if constexpr (kMasked) p = select(x == kHidden, vf{}, p);
       sum += p;
       store<vf>(column + j * kTile, p);
