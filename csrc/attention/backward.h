@@ -101,16 +101,16 @@ class Backward {
   void block(const Tile& t, int64_t j, int64_t keys, const Rows<S>& q_rows, const Rows<S>& do_rows,
              float* sums) {
     const int64_t kv_head = t.h / a_.group(), vectors = t.vectors;
+    const bool all = t.sees_all(a_, j, keys);
     const auto k = read_rows(S{}, a_.k, t.b, kv_head, j, keys, a_.width, rows_.get());
-    product<S, false>({k.data, k.row, 1, q_turned_.get(), kTile, p_.get(), kTile, row_words_}, keys,
-                      vectors);
+    product_by_key<S>(t, all, j, keys,
+                      {k.data, k.row, 1, q_turned_.get(), kTile, p_.get(), kTile, row_words_});
     if (a_.dout.data) {
       const auto v = read_rows(S{}, a_.v, t.b, kv_head, j, keys, a_.width, rows_.get());
-      product<S, false>({v.data, v.row, 1, do_turned_.get(), kTile, ds_.get(), kTile, row_words_},
-                        keys, vectors);
+      product_by_key<S>(t, all, j, keys,
+                        {v.data, v.row, 1, do_turned_.get(), kTile, ds_.get(), kTile, row_words_});
     }
     score_.cap(p_.get(), keys, vectors);
-    const bool all = t.sees_all(a_, j, keys);
     if (!all) hide(a_, t, j, keys, p_.get());
     score_.is_unit() ? (all ? score_gradients<false, true>(keys, vectors)
                             : score_gradients<true, true>(keys, vectors))
@@ -120,19 +120,22 @@ class Backward {
     if (a_.dv && a_.dout.data) {
       const Word* p = along_queries(S{}, p_.get(), keys, vectors, p_words_.get());
       float* dv = sums + (a_.keys + j) * wide_;
-      product<S, true>({p, row, 1, do_rows.data, do_rows.row, dv, wide_, steps}, keys, lanes);
+      product_over_queries<S>(t, all, j, keys,
+                              {p, row, 1, do_rows.data, do_rows.row, dv, wide_, steps}, lanes);
     }
     if (a_.dk) {
       const Word* ds = along_queries(S{}, ds_.get(), keys, vectors, ds_words_.get());
       float* dk = sums + j * wide_;
-      product<S, true>({ds, row, 1, q_rows.data, q_rows.row, dk, wide_, steps}, keys, lanes);
+      product_over_queries<S>(t, all, j, keys,
+                              {ds, row, 1, q_rows.data, q_rows.row, dk, wide_, steps}, lanes);
     }
     if (a_.dq) {
       const auto k =
           read_columns(S{}, a_.k, t.b, kv_head, j, keys, a_.width, a_.width, rows_.get());
       const Word* ds = along_keys(S{}, ds_.get(), keys, vectors, ds_words_.get());
-      product<S, true>({k.data, 1, k.row, ds, kTile, dq_.get(), kTile, words<S>(keys)}, a_.width,
-                       vectors);
+      product_over_keys<S>(t, all, j, keys,
+                           {k.data, 1, k.row, ds, kTile, dq_.get(), kTile, words<S>(keys)},
+                           a_.width);
     }
   }
 
@@ -151,8 +154,8 @@ class Backward {
         vf ds = p * (dp - delta);
         if constexpr (!kUnit) {
           if (score_.is_capped) ds = ds * fma(-x, x, splat<vf>(1.0f));
-          if constexpr (kMasked) ds = select(x == kHidden, vf{}, ds);
         }
+        if constexpr (kMasked) ds = select(x == kHidden, vf{}, ds);  // dP may be unwritten there
         store<vf>(p_.get() + at, p);
         store<vf>(ds_.get() + at, ds);
       }

@@ -41,10 +41,10 @@ class Forward {
   void block(const Tile& t, int64_t kv_head, int64_t j, int64_t keys, Running& run) {
     float* s = scores_.get();
     const auto k = read_rows(S{}, a_.k, t.b, kv_head, j, keys, a_.width, rows_.get());
-    product<S, false>({k.data, k.row, 1, turned_.get(), kTile, s, kTile, words<S>(a_.width)}, keys,
-                      t.vectors);
-    score_.cap(s, keys, t.vectors);
     const bool all = t.sees_all(a_, j, keys);
+    product_by_key<S>(t, all, j, keys,
+                      {k.data, k.row, 1, turned_.get(), kTile, s, kTile, words<S>(a_.width)});
+    score_.cap(s, keys, t.vectors);
     if (!all) hide(a_, t, j, keys, s);
     const auto softmax = score_.is_unit()
                              ? (all ? softmax_block<false, true> : softmax_block<true, true>)
@@ -60,8 +60,8 @@ class Forward {
     }
     const auto v = read_columns(S{}, a_.v, t.b, kv_head, j, keys, a_.width, a_.width, rows_.get());
     const Word* p = along_keys(S{}, s, keys, t.vectors, paired_.get());
-    product<S, true>({v.data, 1, v.row, p, kTile, out_.get(), kTile, words<S>(keys)}, a_.width,
-                     t.vectors);
+    product_over_keys<S>(t, all, j, keys,
+                         {v.data, 1, v.row, p, kTile, out_.get(), kTile, words<S>(keys)}, a_.width);
   }
 
   void finish(const Tile& t, Running& run) {

@@ -31,6 +31,29 @@ struct Tile {
     last = high[n - 1];
   }
 
+  // Vectors [first, last) of queries that may see any of the keys [j, j + count).
+  struct Vectors {
+    int64_t first, last;
+  };
+  Vectors seeing(int64_t j, int64_t count) const {
+    Vectors found{0, vectors};
+    while (found.first < vectors && last_high(found.first) <= j) ++found.first;
+    while (found.last > found.first && low[(found.last - 1) * kLanes] >= j + count) --found.last;
+    return found;
+  }
+
+  // Keys [first, last) of the block [j, j + count), counted from j, that vectors [v, v + some) may
+  // see; from an even key on.
+  struct Keys {
+    int64_t first, last;
+  };
+  Keys seen(int64_t v, int64_t some, int64_t j, int64_t count) const {
+    const int64_t first = std::clamp<int64_t>(low[v * kLanes] - j, 0, count) & ~1;
+    return {first, std::clamp<int64_t>(last_high(v + some - 1) - j, first, count)};
+  }
+
+  int64_t last_high(int64_t v) const { return high[std::min<int64_t>((v + 1) * kLanes, n) - 1]; }
+
   // Whether every query sees all of the keys [j, j + count).
   bool sees_all(const AttentionArgs& a, int64_t j, int64_t count) const {
     return !a.key_mask && low[n - 1] <= j && j + count <= high[0];
@@ -82,6 +105,60 @@ struct Scores {
 template <bool kUnit>
 static inline vf minus(vf x, vf factor, vf y) {
   return kUnit ? x - y : fma(x, factor, -y);
+}
+
+// The product of a block with lanes over queries, a row a key: where no query of a vector sees any
+// key of a tile, nothing is written.
+template <class S>
+static inline void product_by_key(const Tile& t, bool all, int64_t j, int64_t keys,
+                                  const Product<S>& p) {
+  if (all) return product<S, false>(p, keys, t.vectors);
+  for (int64_t r = 0; r < keys; r += kRows) {
+    const int64_t rows = std::min<int64_t>(kRows, keys - r);
+    const auto [first, last] = t.seeing(j + r, rows);
+    Product<S> tile = p;
+    tile.a += r * p.a_row;
+    tile.b += first * kLanes;
+    tile.c += r * p.c_row + first * kLanes;
+    product<S, false>(tile, rows, last - first);
+  }
+}
+
+// The product that sums over the keys of a block, with lanes over queries: each pair of vectors
+// takes the keys that it may see.
+template <class S>
+static inline void product_over_keys(const Tile& t, bool all, int64_t j, int64_t keys,
+                                     const Product<S>& p, int64_t rows) {
+  if (all) return product<S, true>(p, rows, t.vectors);
+  for (int64_t v = 0; v < t.vectors; v += 2) {
+    const int64_t some = std::min<int64_t>(2, t.vectors - v);
+    const auto [first, last] = t.seen(v, some, j, keys);
+    Product<S> part = p;
+    part.a += first / S::kPer * p.a_step;
+    part.b += first / S::kPer * p.b_step + v * kLanes;
+    part.c += v * kLanes;
+    part.steps = words<S>(last - first);
+    product<S, true>(part, rows, some);
+  }
+}
+
+// The product that sums over the queries of a tile, a row a key: each tile of rows takes the
+// queries that may see it.
+template <class S>
+static inline void product_over_queries(const Tile& t, bool all, int64_t j, int64_t keys,
+                                        const Product<S>& p, int64_t vectors) {
+  if (all) return product<S, true>(p, keys, vectors);
+  for (int64_t r = 0; r < keys; r += kRows) {
+    const int64_t rows = std::min<int64_t>(kRows, keys - r);
+    const auto [first, last] = t.seeing(j + r, rows);
+    const int64_t q = first * kLanes / S::kPer;
+    Product<S> part = p;
+    part.a += r * p.a_row + q;
+    part.b += q * p.b_step;
+    part.c += r * p.c_row;
+    part.steps = std::max<int64_t>(words<S>(std::min<int64_t>(last * kLanes, t.n)) - q, 0);
+    product<S, true>(part, rows, vectors);
+  }
 }
 
 // Puts kHidden where a query does not see key j + row.

@@ -24,9 +24,9 @@ def load_statistics(lse_ptr, delta_ptr, i, queries):
 
 @triton.jit
 def dq_block(
-    j, q, do, lse, delta, k_ptr, v_ptr, mask_ptr, k_stride, v_stride, keys, low, high, factor, inner,
-    dq, HIDING: tl.constexpr, KEY_MASK: tl.constexpr, SOFTCAP: tl.constexpr, DO: tl.constexpr,
-    D: tl.constexpr, BD: tl.constexpr,
+    j, q, do, lse, delta, k_ptr, v_ptr, mask_ptr, k_stride, v_stride, keys, low, high, factor,
+    inner, dq, HIDING: tl.constexpr, KEY_MASK: tl.constexpr, SOFTCAP: tl.constexpr,
+    DO: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """dq after keys j."""
     k = load_rows(k_ptr, k_stride, j, keys, D, BD)
@@ -160,25 +160,25 @@ def dkdv_kernel(
     dk = tl.zeros((C, BD), tl.float32)
     dv = tl.zeros((C, BD), tl.float32)
     for h in range(kv_head * group, kv_head * group + group):
-        q_head_ptr = q_ptr + b * q_batch + h * q_head
-        do_head_ptr = do_ptr + b * do_batch + h * queries * D
-        lse_head_ptr = lse_ptr + (b * heads + h) * queries
-        delta_head_ptr = delta_ptr + (b * heads + h) * queries
+        q_at = q_ptr + b * q_batch + h * q_head
+        do_at = do_ptr + b * do_batch + h * queries * D
+        lse_at = lse_ptr + (b * heads + h) * queries
+        delta_at = delta_ptr + (b * heads + h) * queries
         for start in range(begin, first, R):
             dk, dv = dkdv_block(
-                start + tl.arange(0, R), k, v, lse_head_ptr, delta_head_ptr, q_head_ptr, do_head_ptr,
+                start + tl.arange(0, R), k, v, lse_at, delta_at, q_at, do_at,
                 q_row, queries, low, high, hidden, factor, inner, dk, dv, True, KEY_MASK, SOFTCAP,
                 DO, D, BD,
             )  # fmt: skip
         for start in range(first, last, R):
             dk, dv = dkdv_block(
-                start + tl.arange(0, R), k, v, lse_head_ptr, delta_head_ptr, q_head_ptr, do_head_ptr,
+                start + tl.arange(0, R), k, v, lse_at, delta_at, q_at, do_at,
                 q_row, queries, low, high, hidden, factor, inner, dk, dv, False, KEY_MASK, SOFTCAP,
                 DO, D, BD,
             )  # fmt: skip
         for start in range(last, end, R):
             dk, dv = dkdv_block(
-                start + tl.arange(0, R), k, v, lse_head_ptr, delta_head_ptr, q_head_ptr, do_head_ptr,
+                start + tl.arange(0, R), k, v, lse_at, delta_at, q_at, do_at,
                 q_row, queries, low, high, hidden, factor, inner, dk, dv, True, KEY_MASK, SOFTCAP,
                 DO, D, BD,
             )  # fmt: skip

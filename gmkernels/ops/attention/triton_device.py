@@ -22,7 +22,9 @@ def tanh(x):
 
 
 @triton.jit
-def keys_seen(i, low_ptr, high_ptr, queries, keys, window, CAUSAL: tl.constexpr, RANGED: tl.constexpr):
+def keys_seen(
+    i, low_ptr, high_ptr, queries, keys, window, CAUSAL: tl.constexpr, RANGED: tl.constexpr
+):
     """The keys [low, high) that query i sees; none where i is no query."""
     inside = i < queries
     if RANGED:
@@ -38,7 +40,9 @@ def keys_seen(i, low_ptr, high_ptr, queries, keys, window, CAUSAL: tl.constexpr,
 
 
 @triton.jit
-def queries_seeing(j, low_ptr, high_ptr, queries, keys, window, CAUSAL: tl.constexpr, RANGED: tl.constexpr):
+def queries_seeing(
+    j, low_ptr, high_ptr, queries, keys, window, CAUSAL: tl.constexpr, RANGED: tl.constexpr
+):
     """The queries [low, high) that see key j: the other side of keys_seen()."""
     inside = j < keys
     if RANGED:
@@ -103,9 +107,9 @@ def scaled(s, factor, inner, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def forward_block(
-    j, q, k_ptr, v_ptr, mask_ptr, k_stride, v_stride, keys, low, high, factor, inner, top, total, acc,
-    HIDING: tl.constexpr, KEY_MASK: tl.constexpr, SOFTCAP: tl.constexpr, VALUES: tl.constexpr,
-    D: tl.constexpr, BD: tl.constexpr,
+    j, q, k_ptr, v_ptr, mask_ptr, k_stride, v_stride, keys, low, high, factor, inner,
+    top, total, acc, HIDING: tl.constexpr, KEY_MASK: tl.constexpr, SOFTCAP: tl.constexpr,
+    VALUES: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """The running maximum, sum and output after keys j."""
     k = load_rows(k_ptr, k_stride, j, keys, D, BD)
