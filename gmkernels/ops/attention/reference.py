@@ -28,7 +28,8 @@ that it sees, 10 D more for the backward.
 
 Numerics. Scores, the running maximum, sums and outputs are float32. bfloat16 and float16 heads are
 multiplied exactly and summed in float32; where the CPU or the GPU multiplies 16-bit numbers, p and
-ds are rounded to them once, as in FlashAttention. Sums over keys run in blocks in order, sums over
+ds are rounded to them once, as in FlashAttention. Backward's p carries the rounding of a stored
+lse, a relative error of |lse| 2^-24. Sums over keys run in blocks in order, sums over
 queries likewise, so results have the same bits on every run and for any number of threads.
 
 Edge cases: a query that sees no key has o = 0, lse = -inf and no gradient. T = 0 and T_k = 0 are

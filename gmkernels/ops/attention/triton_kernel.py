@@ -32,8 +32,8 @@ def _blocks(q: Tensor, backward: bool) -> tuple[int, int, int]:
         side = 16 if width > 64 or backward else 32
         return side, side, 4
     if backward:
-        return (64, 64, 4) if width <= 64 else (32, 64, 8) if width == 128 else (32, 32, 8)
-    return (128, 64, 8) if width <= 64 else (128, 32, 8) if width == 128 else (64, 32, 8)
+        return (32, 64, 4) if width <= 64 else (32, 32, 4) if width == 128 else (16, 32, 8)
+    return (64, 64, 4) if width <= 64 else (64, 32, 4) if width == 128 else (32, 32, 8)
 
 
 def _strides(*xs: Tensor) -> tuple[int, ...]:
