@@ -114,7 +114,7 @@ class DifferentiableOp:
         """The outputs, and after them what is kept."""
         forward = dispatch.kernel(self.name, backend).forward
         results = forward(*args, keep) if self.takes_keep else forward(*args)
-        return results if isinstance(results, (tuple, list)) else (results,)
+        return (results,) if isinstance(results, Tensor) else tuple(results)
 
     def run_backward(
         self, backend: str, grads: Arguments, args: Arguments, needs: int

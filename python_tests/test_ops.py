@@ -284,9 +284,8 @@ def operator_samples(op: Op, device: str):
     table, t = x(9, 3).detach(), torch.tensor([8, 0, 4], device=device)
     gather = None, table, t
     steps = x(9, 11).detach(), t
-    q, k, v = x(1, 4, 5, 8), x(1, 2, 7, 8), x(1, 2, 7, 8)
     seen = torch.arange(7, device=device)[None] < 6
-    rest = seen, None, True, 3, 0.5, 2.0  # key_mask, cu_seqlens, causal, window, scale, softcap
+    attention = (x(1, 4, 5, 8), *(x(1, 2, 7, 8) for _ in "kv"), seen, None, True, 3, 0.5, 2.0)
     samples = {
         "reparameterize_kl": (
             (*plain, None, key, -30.0, 20.0),
@@ -307,16 +306,8 @@ def operator_samples(op: Op, device: str):
             (x(3), x(3, 5).detach(), x(3, 5), x(3, 5), x(3, 5), *gather, 3, 7),
         ),
         "attention": (
-            (q, k, v, *rest),
-            (
-                x(1, 4, 5, 8),
-                x(1, 4, 5),
-                x(1, 4, 5, 8).detach(),
-                x(1, 4, 5).detach() + 3,
-                *(q, k, v),
-                *rest,
-                7,
-            ),
+            attention,
+            (x(1, 4, 5, 8), x(1, 4, 5), x(1, 4, 5, 8).detach(), x(1, 4, 5).detach(), *attention, 7),
         ),
         "sampler_step": (
             (*(x(3, 5) for _ in range(5)), None, key, *steps, 2.0, 0.5, 0.9, True, True),

@@ -29,7 +29,9 @@ def _blocks(q: Tensor, backward: bool) -> tuple[int, int, int]:
     """Queries and keys of a tile, and warps: what fits registers and shared memory."""
     width = _width(q)
     if q.dtype == torch.float32:  # no tensor cores at full precision: small tiles
-        return (16, 16, 4) if width > 64 else (16, 32, 4) if backward else (32, 32, 4)
+        if width > 64:
+            return 16, 16, 8
+        return (16, 32, 4) if backward else (32, 32, 4)
     if backward:
         return (32, 32, 4) if width <= 128 else (16, 32, 8)
     return (64, 32, 4) if width <= 128 else (32, 32, 8)
