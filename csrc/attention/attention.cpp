@@ -181,8 +181,9 @@ static Tensor statistic(const Layout& layout, const AttentionArgs& a, const char
   return torch::stable::contiguous(x);
 }
 
-// Tasks a key head is cut into: enough for many threads where heads are few; a matter of the shape
-// alone, so that sums come out the same for any number of threads.
+// Tasks a key head is cut into: enough for 16 threads where heads are few, each with sums of its
+// own in memory; a matter of the shape alone, so that results are the same for any number of
+// threads.
 static int64_t parts_of(const AttentionArgs& a) {
   constexpr int64_t kTasks = 16;
   const int64_t pairs = std::max<int64_t>(a.batches * a.kv_heads, 1);

@@ -21,7 +21,7 @@ static inline char* output_row(void* out, DType dtype, int64_t width, int64_t ro
 static inline void write_sums(const float* sums, int64_t row, int64_t keys, float factor, void* out,
                               DType dtype, int64_t width) {
   for (int64_t j = 0; j < keys; ++j)
-    over_row(width, [&](int64_t d, auto lane) {
+    for_vectors(width, [&](auto lane, int64_t d) {
       using F = decltype(lane);
       store_as(output_row(out, dtype, width, j), dtype, d, load<F>(sums + j * row + d) * factor);
     });
@@ -85,7 +85,7 @@ class Backward {
       const char* dout = row_at(a_.dout, t.b, t.h, t.i + q);
       vf lanes{};
       float tail = 0.0f;
-      over_row(a_.width, [&](int64_t d, auto lane) {
+      for_vectors(a_.width, [&](auto lane, int64_t d) {
         using F = decltype(lane);
         const F product = load_as<F>(o, a_.o.dtype, d) * load_as<F>(dout, a_.dout.dtype, d);
         if constexpr (traits<F>::lanes > 1) {
@@ -203,7 +203,7 @@ static inline void sum_parts(const AttentionArgs& a, int64_t begin, int64_t end)
     float* first = a.partial + pair * a.parts * 2 * size + j * wide;
     for (int64_t half = 0; half < 2; ++half, first += size) {
       for (int64_t part = 1; part < a.parts; ++part)
-        over_row(wide, [&](int64_t d, auto lane) {
+        for_vectors(wide, [&](auto lane, int64_t d) {
           using F = decltype(lane);
           const F more = load<F>(first + part * 2 * size + d);
           store<F>(first + d, load<F>(first + d) + more);

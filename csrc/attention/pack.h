@@ -5,15 +5,16 @@
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
+#include <new>
+#include <type_traits>
 
 #include "attention/attention.h"
 #include "attention/product.h"
-#include "common/convert.h"
+#include "common/block.h"
 
 namespace gm {
 namespace GM_ISA {
 
-constexpr int kTileVectors = kTile / kLanes;
 static_assert(kTile % (kLanes * kColumns) == 0, "columns of a product must tile the queries");
 
 struct FreeScratch {
@@ -27,7 +28,7 @@ template <class T>
 static Scratch<T> scratch(int64_t count) {
   const size_t bytes = ((size_t)count * sizeof(T) + 63) / 64 * 64;
   void* p = std::aligned_alloc(64, bytes);
-  if (!p) std::abort();
+  if (!p) throw std::bad_alloc();
   return Scratch<T>((T*)p);
 }
 
@@ -40,14 +41,6 @@ static inline const char* row_at(const Heads& x, int64_t b, int64_t h, int64_t t
 template <class S>
 static constexpr int64_t words(int64_t n) {
   return (n + S::kPer - 1) / S::kPer;
-}
-
-// body(i, F{}) over a row, F = vf and then float.
-template <class Body>
-static inline void over_row(int64_t n, Body body) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) body(i, vf{});
-  for (; i < n; ++i) body(i, float{});
 }
 
 template <class F>
@@ -68,7 +61,7 @@ static inline void store_as(void* row, DType dtype, int64_t i, F x) {
 
 // x[0..n) as float32, zeros up to `to`.
 static inline void load_row(const void* x, DType dtype, int64_t n, int64_t to, float* out) {
-  over_row(n, [&](int64_t i, auto lane) {
+  for_vectors(n, [&](auto lane, int64_t i) {
     using F = decltype(lane);
     store<F>(out + i, load_as<F>(x, dtype, i));
   });
@@ -259,7 +252,7 @@ static inline void write_turned(const float* x, const float* scale, int64_t n, i
       transpose_lanes(part, kLanes, rows, kLanes);
       for (int64_t i = 0; i < count; ++i) {
         char* at = (char*)out + ((q + i) * row + d) * (dtype == DType::f32 ? 4 : 2);
-        over_row(columns, [&](int64_t c, auto lane) {
+        for_vectors(columns, [&](auto lane, int64_t c) {
           store_as(at, dtype, c, load<decltype(lane)>(rows + i * kLanes + c));
         });
       }
