@@ -60,8 +60,9 @@ def dq_kernel(
     mask_ptr,  # bool [B, Tk] contiguous, read if KEY_MASK
     do_batch, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     heads, group, queries, keys, window, scale, factor, inner,
-    CAUSAL: tl.constexpr, RANGED: tl.constexpr, KEY_MASK: tl.constexpr, SOFTCAP: tl.constexpr,
-    DO: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    CAUSAL: tl.constexpr, RANGED: tl.constexpr, KEY_MASK: tl.constexpr, WHOLE: tl.constexpr,
+    SOFTCAP: tl.constexpr, DO: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     # One program R queries of a head; keys stream past C at a time.
     pair = tl.program_id(1).to(tl.int64)
@@ -77,23 +78,24 @@ def dq_kernel(
     k_ptr += b * k_batch + h // group * k_head
     v_ptr += b * v_batch + h // group * v_head
     mask_ptr += b * keys
-    begin, first, last, end = bounds(low, high, i < queries, C, not KEY_MASK)
+    begin, first, last, end = bounds(low, high, i < queries, C, WHOLE)
     dq = tl.zeros((R, BD), tl.float32)
     for start in range(begin, first, C):
         dq = dq_block(
             start + tl.arange(0, C), q, do, lse, delta, k_ptr, v_ptr, mask_ptr, k_row, v_row, keys,
             low, high, factor, inner, dq, True, KEY_MASK, SOFTCAP, DO, D, BD,
         )  # fmt: skip
-    for start in range(first, last, C):
-        dq = dq_block(
-            start + tl.arange(0, C), q, do, lse, delta, k_ptr, v_ptr, mask_ptr, k_row, v_row, keys,
-            low, high, factor, inner, dq, False, KEY_MASK, SOFTCAP, DO, D, BD,
-        )  # fmt: skip
-    for start in range(last, end, C):
-        dq = dq_block(
-            start + tl.arange(0, C), q, do, lse, delta, k_ptr, v_ptr, mask_ptr, k_row, v_row, keys,
-            low, high, factor, inner, dq, True, KEY_MASK, SOFTCAP, DO, D, BD,
-        )  # fmt: skip
+    if WHOLE:
+        for start in range(first, last, C):
+            dq = dq_block(
+                start + tl.arange(0, C), q, do, lse, delta, k_ptr, v_ptr, mask_ptr, k_row, v_row,
+                keys, low, high, factor, inner, dq, False, KEY_MASK, SOFTCAP, DO, D, BD,
+            )  # fmt: skip
+        for start in range(last, end, C):
+            dq = dq_block(
+                start + tl.arange(0, C), q, do, lse, delta, k_ptr, v_ptr, mask_ptr, k_row, v_row,
+                keys, low, high, factor, inner, dq, True, KEY_MASK, SOFTCAP, DO, D, BD,
+            )  # fmt: skip
     store_rows(dq_ptr + at * D, i, queries, dq * scale, D, BD)
 
 
@@ -139,8 +141,8 @@ def dkdv_kernel(
     mask_ptr,  # bool [B, Tk] contiguous, read if KEY_MASK
     do_batch, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     heads, group, queries, keys, window, scale, factor, inner,
-    CAUSAL: tl.constexpr, RANGED: tl.constexpr, KEY_MASK: tl.constexpr, SOFTCAP: tl.constexpr,
-    DO: tl.constexpr, DV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    CAUSAL: tl.constexpr, RANGED: tl.constexpr, KEY_MASK: tl.constexpr, WHOLE: tl.constexpr,
+    SOFTCAP: tl.constexpr, DO: tl.constexpr, DV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     # One program C keys of a key head; queries of the heads that share it stream past R at a time.
@@ -156,7 +158,7 @@ def dkdv_kernel(
     hidden = j * 0
     if KEY_MASK:
         hidden = 1 - tl.load(mask_ptr + b * keys + j, mask=j < keys, other=0).to(tl.int32)
-    begin, first, last, end = bounds(low, high, j < keys, R, not KEY_MASK)
+    begin, first, last, end = bounds(low, high, j < keys, R, WHOLE)
     dk = tl.zeros((C, BD), tl.float32)
     dv = tl.zeros((C, BD), tl.float32)
     for h in range(kv_head * group, kv_head * group + group):
@@ -170,18 +172,19 @@ def dkdv_kernel(
                 q_row, queries, low, high, hidden, factor, inner, dk, dv, True, KEY_MASK, SOFTCAP,
                 DO, D, BD,
             )  # fmt: skip
-        for start in range(first, last, R):
-            dk, dv = dkdv_block(
-                start + tl.arange(0, R), k, v, lse_at, delta_at, q_at, do_at,
-                q_row, queries, low, high, hidden, factor, inner, dk, dv, False, KEY_MASK, SOFTCAP,
-                DO, D, BD,
-            )  # fmt: skip
-        for start in range(last, end, R):
-            dk, dv = dkdv_block(
-                start + tl.arange(0, R), k, v, lse_at, delta_at, q_at, do_at,
-                q_row, queries, low, high, hidden, factor, inner, dk, dv, True, KEY_MASK, SOFTCAP,
-                DO, D, BD,
-            )  # fmt: skip
+        if WHOLE:
+            for start in range(first, last, R):
+                dk, dv = dkdv_block(
+                    start + tl.arange(0, R), k, v, lse_at, delta_at, q_at, do_at,
+                    q_row, queries, low, high, hidden, factor, inner, dk, dv, False, KEY_MASK,
+                    SOFTCAP, DO, D, BD,
+                )  # fmt: skip
+            for start in range(last, end, R):
+                dk, dv = dkdv_block(
+                    start + tl.arange(0, R), k, v, lse_at, delta_at, q_at, do_at,
+                    q_row, queries, low, high, hidden, factor, inner, dk, dv, True, KEY_MASK,
+                    SOFTCAP, DO, D, BD,
+                )  # fmt: skip
     at = pair * keys * D
     store_rows(dk_ptr + at, j, keys, dk * scale, D, BD)
     if DV:

@@ -146,8 +146,9 @@ def forward_kernel(
     heads, group, queries, keys, window,
     factor,  # takes products q k, or tanh under a softcap, to powers of two
     inner,  # scale / softcap, read if SOFTCAP
-    CAUSAL: tl.constexpr, RANGED: tl.constexpr, KEY_MASK: tl.constexpr, SOFTCAP: tl.constexpr,
-    VALUES: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    CAUSAL: tl.constexpr, RANGED: tl.constexpr, KEY_MASK: tl.constexpr, WHOLE: tl.constexpr,
+    SOFTCAP: tl.constexpr, VALUES: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     # One program R queries of a head; keys stream past C at a time.
     pair = tl.program_id(1).to(tl.int64)
@@ -158,7 +159,7 @@ def forward_kernel(
     k_ptr += b * k_batch + h // group * k_head
     v_ptr += b * v_batch + h // group * v_head
     mask_ptr += b * keys
-    begin, first, last, end = bounds(low, high, i < queries, C, not KEY_MASK)
+    begin, first, last, end = bounds(low, high, i < queries, C, WHOLE)
     top = tl.full((R,), HIDDEN, tl.float32)
     total = tl.zeros((R,), tl.float32)
     acc = tl.zeros((R, BD), tl.float32)
@@ -167,16 +168,17 @@ def forward_kernel(
             start + tl.arange(0, C), q, k_ptr, v_ptr, mask_ptr, k_row, v_row, keys, low, high,
             factor, inner, top, total, acc, True, KEY_MASK, SOFTCAP, VALUES, D, BD,
         )  # fmt: skip
-    for start in range(first, last, C):
-        top, total, acc = forward_block(
-            start + tl.arange(0, C), q, k_ptr, v_ptr, mask_ptr, k_row, v_row, keys, low, high,
-            factor, inner, top, total, acc, False, KEY_MASK, SOFTCAP, VALUES, D, BD,
-        )  # fmt: skip
-    for start in range(last, end, C):
-        top, total, acc = forward_block(
-            start + tl.arange(0, C), q, k_ptr, v_ptr, mask_ptr, k_row, v_row, keys, low, high,
-            factor, inner, top, total, acc, True, KEY_MASK, SOFTCAP, VALUES, D, BD,
-        )  # fmt: skip
+    if WHOLE:
+        for start in range(first, last, C):
+            top, total, acc = forward_block(
+                start + tl.arange(0, C), q, k_ptr, v_ptr, mask_ptr, k_row, v_row, keys, low, high,
+                factor, inner, top, total, acc, False, KEY_MASK, SOFTCAP, VALUES, D, BD,
+            )  # fmt: skip
+        for start in range(last, end, C):
+            top, total, acc = forward_block(
+                start + tl.arange(0, C), q, k_ptr, v_ptr, mask_ptr, k_row, v_row, keys, low, high,
+                factor, inner, top, total, acc, True, KEY_MASK, SOFTCAP, VALUES, D, BD,
+            )  # fmt: skip
     none = total == 0.0
     total = tl.where(none, 1.0, total)
     lse = tl.where(none, float("-inf"), top * LN2 + tl.log(total))

@@ -37,6 +37,12 @@ def _blocks(q: Tensor, backward: bool) -> tuple[int, int, int]:
     return (64, 32, 4) if width <= 128 else (32, 32, 8)
 
 
+def _splits(q: Tensor, key_mask: Tensor | None) -> bool:
+    """Whether blocks that are seen whole have a loop of their own, without masks: where tensor
+    cores leave the masks to be felt."""
+    return key_mask is None and q.dtype != torch.float32
+
+
 def _strides(*xs: Tensor) -> tuple[int, ...]:
     return tuple(s for x in xs for s in x.stride()[:3])
 
@@ -87,6 +93,7 @@ def attention_forward(
         CAUSAL=causal,
         RANGED=cu_seqlens is not None,
         KEY_MASK=key_mask is not None,
+        WHOLE=_splits(q, key_mask),
         SOFTCAP=softcap > 0,
         VALUES=v is not None,
         D=q.shape[3],
@@ -149,6 +156,7 @@ def attention_backward(
         "CAUSAL": causal,
         "RANGED": cu_seqlens is not None,
         "KEY_MASK": key_mask is not None,
+        "WHOLE": _splits(q, key_mask),
         "SOFTCAP": softcap > 0,
         "DO": do is not None,
         "D": q.shape[3],
