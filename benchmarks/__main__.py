@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument(
         "--isa",
-        choices=("portable", "v3", "v4"),
+        choices=("portable", "v3", "v4", "v4_bf16"),
         help="run our CPU kernels of this instruction set (v3: AVX2, v4: AVX-512)",
     )
     found.add_argument(

@@ -20,7 +20,7 @@ namespace py = pybind11;
 
 namespace gm {
 
-static const char* const kIsaNames[] = {"portable", "v3", "v4"};
+static const char* const kIsaNames[] = {"portable", "v3", "v4", "v4_bf16"};
 
 Isa best_isa() {
 #if defined(GM_X86)
@@ -29,6 +29,7 @@ Isa best_isa() {
                   __builtin_cpu_supports("bmi2");
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (v4 && __builtin_cpu_supports("avx512bf16")) return Isa::v4_bf16;
   return v4 ? Isa::v4 : v3 ? Isa::v3 : Isa::portable;
 #else
   return Isa::portable;
@@ -59,7 +60,7 @@ static py::dict build_info() {
   py::dict info;
   info["compiler"] = GM_COMPILER;
 #if defined(GM_X86)
-  info["objects"] = std::vector<std::string>{"portable", "v3", "v4"};
+  info["objects"] = std::vector<std::string>{"portable", "v3", "v4", "v4_bf16"};
 #else
   info["objects"] = std::vector<std::string>{"portable"};
 #endif
@@ -79,6 +80,7 @@ static py::dict cpu_features() {
   features["avx512bw"] = (bool)__builtin_cpu_supports("avx512bw");
   features["avx512dq"] = (bool)__builtin_cpu_supports("avx512dq");
   features["avx512vl"] = (bool)__builtin_cpu_supports("avx512vl");
+  features["avx512bf16"] = (bool)__builtin_cpu_supports("avx512bf16");
 #endif
   return features;
 }

@@ -5,6 +5,7 @@ import torch as _torch  # noqa: F401 - first: the extension needs torch's librar
 from gmkernels import noise
 from gmkernels.dispatch import explain, reuse_memory, use_backend, use_isa
 from gmkernels.noise import normal, uniform
+from gmkernels.ops.attention import attention_logsumexp, causal_attention, full_attention
 from gmkernels.ops.coupling import affine_coupling, affine_coupling_inverse
 from gmkernels.ops.diffusion_noise import add_noise, add_noise_with_target, denoising_loss
 from gmkernels.ops.diffusion_step import (
@@ -38,8 +39,10 @@ __all__ = [
     "add_noise_with_target",
     "affine_coupling",
     "affine_coupling_inverse",
+    "attention_logsumexp",
     "bernoulli_nll",
     "categorical_nll",
+    "causal_attention",
     "ddim_step",
     "ddpm_step",
     "denoising_loss",
@@ -48,6 +51,7 @@ __all__ = [
     "euler_step",
     "explain",
     "flow_euler_step",
+    "full_attention",
     "gaussian_kl",
     "gaussian_kl_per_dim",
     "gaussian_nll",

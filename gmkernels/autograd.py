@@ -53,12 +53,14 @@ class DifferentiableOp:
     these and a bit mask of the wanted inputs after them, and returns `inputs` gradients, empty
     where not wanted. Backward reads the inputs alone: nothing else is saved, unless the forward
     operator keeps something for it. Then that takes one more argument, the bool `keep`, and returns
-    `kept` further tensors (empty if not keep); backward takes them after the output gradients.
+    `kept` further tensors (empty if not keep); backward takes them after the output gradients. With
+    `keeps_outputs` it is the outputs themselves that backward takes there, and there is no `keep`.
 
     Args:
         name: of the op, as in the dispatch table.
         reference: the formula in plain PyTorch on the same arguments, returning a tuple.
         inputs, outputs, kept: how many tensors.
+        keeps_outputs: whether backward reads the outputs; then kept is not given.
     """
 
     def __init__(
@@ -69,12 +71,15 @@ class DifferentiableOp:
         inputs: int,
         outputs: int,
         kept: int = 0,
+        keeps_outputs: bool = False,
     ) -> None:
         self.name = name
         self.reference = reference
         self.inputs = inputs
         self.outputs = outputs
-        self.kept = kept
+        self.kept = outputs if keeps_outputs else kept
+        self.takes_keep = kept > 0
+        self.first_kept = 0 if keeps_outputs else outputs  # among the results of forward
         self.backward_function = _make_backward_function(self)
         self.forward_function = _make_forward_function(self)
         for backend, namespace in dispatch.NAMESPACES.items():
@@ -86,7 +91,7 @@ class DifferentiableOp:
         if backend == "reference":
             return self.reference(*args)
         if torch.compiler.is_compiling():
-            keep = bool(self.kept) and self._is_differentiated(args)
+            keep = self.takes_keep and self._is_differentiated(args)
             return self.run_forward(backend, args, keep)[: self.outputs]
         if is_transformed():
             return self.reference(*args)
@@ -105,8 +110,8 @@ class DifferentiableOp:
     def run_forward(self, backend: str, args: Arguments, keep: bool) -> tuple[Tensor, ...]:
         """The outputs, and after them what is kept."""
         forward = dispatch.kernel(self.name, backend).forward
-        results = forward(*args, keep) if self.kept else forward(*args)
-        return results if self.outputs + self.kept > 1 else (results,)
+        results = forward(*args, keep) if self.takes_keep else forward(*args)
+        return (results,) if isinstance(results, Tensor) else tuple(results)
 
     def run_backward(
         self, backend: str, grads: Arguments, args: Arguments, needs: int
@@ -167,14 +172,14 @@ class DifferentiableOp:
 
         def setup_forward(ctx: Any, inputs: Arguments, output: Any) -> None:
             ctx.set_materialize_grads(False)
-            if kept:
+            if self.takes_keep:
                 ctx.mark_non_differentiable(*output[outputs:])
-                inputs = (*output[outputs:], *inputs[:-1])
-            _save(ctx, inputs)
+                inputs = inputs[:-1]
+            _save(ctx, (*output[self.first_kept :], *inputs) if kept else inputs)
 
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             args = _saved(ctx)
-            constants = len(args) - kept - inputs + bool(kept)
+            constants = len(args) - kept - inputs + self.takes_keep
             if all(g is None for g in grads[:outputs]):
                 return (None,) * (inputs + constants)
             needs = _mask(ctx.needs_input_grad[:inputs])
@@ -241,7 +246,7 @@ def _make_forward_function(op: DifferentiableOp) -> type[torch.autograd.Function
             ctx.backend = backend
             with BelowAutograd():
                 results = op.run_forward(backend, args, True)
-            _save(ctx, (*results[op.outputs :], *args))
+            _save(ctx, (*results[op.first_kept :], *args) if op.kept else args)
             return results[: op.outputs]
 
         @staticmethod

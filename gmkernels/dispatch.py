@@ -175,9 +175,10 @@ class use_backend:
 
 
 class use_isa:
-    """Forces the CPU objects of one instruction set, "portable", "v3" or "v4", for a block.
+    """Forces the CPU objects of one instruction set for a block: "portable", "v3", "v4", "v4_bf16".
 
-    For tests and benchmarks. Raises ValueError if this CPU or build lacks it.
+    The last is v4 and AVX512-BF16, which only products of bfloat16 use. For tests and benchmarks.
+    Raises ValueError if this CPU or build lacks it.
     """
 
     def __init__(self, name: str) -> None:

@@ -34,8 +34,28 @@ def _round_to_bfloat16() -> None:
     interpreter._convert_float = converted
 
 
+def _multiply_bfloat16() -> None:
+    # Triton's interpreter (3.7) multiplies the bit patterns of bfloat16 as if they were integers.
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    dot = builder.create_dot
+
+    def widened(x: Any) -> Any:
+        if not x.dtype.scalar.is_bf16():
+            return x
+        wide = (x.data.astype(np.uint32) << 16).view(np.float32)
+        return interpreter.TensorHandle(wide, interpreter.tl.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return dot(self, widened(a), widened(b), *rest)
+
+    builder.create_dot = create_dot
+
+
 if INTERPRETED and dispatch.triton is not None:
     _round_to_bfloat16()
+    _multiply_bfloat16()
 
 
 @pytest.fixture(params=DEVICES)

@@ -57,7 +57,7 @@ def test_only_c_shims_are_imported() -> None:
 def test_build_info() -> None:
     info = extension.build_info()
     assert re.fullmatch(r"(GNU|Clang|AppleClang) \d+\.\d+.*", info["compiler"])
-    assert info["objects"] in (["portable"], ["portable", "v3", "v4"])
+    assert info["objects"] in (["portable"], ["portable", "v3", "v4", "v4_bf16"])
     assert re.fullmatch(r"((sm|compute)_\d+a? ?)*", info["cuda_archs"])
     assert info["stable_abi_target"] == "2.11"
     assert info["version"] == gmkernels.__version__
@@ -69,6 +69,8 @@ def test_isas_follow_the_cpu(isas: list[str]) -> None:
         usable.append("v3")
         if all(features[f"avx512{part}"] for part in ("f", "bw", "dq", "vl")):
             usable.append("v4")
+            if features["avx512bf16"]:
+                usable.append("v4_bf16")
     assert isas == usable[: len(isas)]
     assert set(isas) <= set(extension.build_info()["objects"])
     assert extension.isa() == isas[-1]
@@ -205,6 +207,6 @@ def test_coefficients_are_the_generators(capsys: pytest.CaptureFixture[str]) -> 
     for name in ("_LN", "_SIN", "_COS"):
         assert printed[name] == getattr(reference, name), name
     header = (ROOT / "csrc/common/math.h").read_text()
-    for name in ("_LN", "_LOG1P", "_EXP", "_SIN", "_COS", "_TANH"):
+    for name in ("_LN", "_LOG1P", "_EXP", "_EXP2", "_SIN", "_COS", "_TANH"):
         for coefficient in printed[name]:
             assert f"{coefficient!r}f" in header, (name, coefficient)

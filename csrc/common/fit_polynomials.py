@@ -49,6 +49,12 @@ def exp_tail(r: np.ndarray) -> np.ndarray:
     return series(r, lambda i: 1 / np.longdouble(math.factorial(i + 2)), 20)
 
 
+def exp2_tail(r: np.ndarray) -> np.ndarray:
+    """(2^r - 1) / r."""
+    ln2 = np.log(np.longdouble(2))
+    return series(r, lambda i: ln2 ** (i + 1) / math.factorial(i + 1), 20)
+
+
 def sine(s: np.ndarray) -> np.ndarray:
     """sin(pi / 2 f) / f with s = f^2."""
     return series(s, lambda i: (-1) ** i * HALF_PI ** (2 * i + 1) / math.factorial(2 * i + 1), 12)
@@ -72,6 +78,7 @@ if __name__ == "__main__":
     print("_LN =", fit(ln_tail, *unit, degree=5, power=2))
     print("_LOG1P =", fit(ln_tail, *unit, degree=7, power=2))
     print("_EXP =", fit(exp_tail, -0.3466, 0.3466, degree=4, power=2))
+    print("_EXP2 =", fit(exp2_tail, -0.5, 0.5, degree=4, power=1))
     print("_SIN =", fit(sine, 1e-12, 0.25, degree=3, power=0))
     print("_COS =", fit(cosine, 1e-12, 0.25, degree=2, power=1))
     print("_TANH =", fit(tanh_tail, 1e-12, 0.36, degree=4, power=1))

@@ -1,12 +1,13 @@
 // One table of function pointers a family and instruction set; the widest that the CPU runs is
-// chosen at load, and set_isa() forces another for tests and benchmarks.
+// chosen at load, and set_isa() forces another for tests and benchmarks. v4_bf16 is v4 and
+// AVX512-BF16: only sources *_avx512bf16.cpp are compiled for it, everything else runs v4's.
 #pragma once
 
 #include <atomic>
 
 namespace gm {
 
-enum class Isa : int { portable, v3, v4 };
+enum class Isa : int { portable, v3, v4, v4_bf16 };
 
 // The best that this CPU runs, and the one in use.
 Isa best_isa();
@@ -26,6 +27,7 @@ extern std::atomic<Isa> active_isa;
   inline const Table& select_##name() {                   \
     switch (active_isa.load(std::memory_order_relaxed)) { \
       case Isa::v4:                                       \
+      case Isa::v4_bf16:                                  \
         return v4::name;                                  \
       case Isa::v3:                                       \
         return v3::name;                                  \

@@ -140,6 +140,26 @@ GM_HD F exp(F x) {
                         a.n);
 }
 
+// 2^x for x <= 0 to 2 ulp: exactly 0 far down where scalef() is at hand, else at least 2^-125. NaN
+// of NaN.
+template <class F>
+GM_HD F exp2_nonpositive(F x) {
+#if !defined(__AVX512F__)
+  x = max_keeping_nan(x, -125.0f);
+#endif
+  const F n = round_to_integer(x), r = x - n;
+  F p = fma(r, splat<F>(0.0013391643296927214f), splat<F>(0.009672200307250023f));
+  p = fma(p, r, splat<F>(0.05550358071923256f));
+  p = fma(p, r, splat<F>(0.2402222752571106f));
+  p = fma(p, r, splat<F>(0.6931471824645996f));
+  p = fma(p, r, splat<F>(1.0f));
+#if defined(__AVX512F__)
+  return scale_by_power(p, n);
+#else
+  return from_bits(bits(p) + to_int(n) * 0x800000);
+#endif
+}
+
 // exp(x) and exp(x) - 1 - x, the latter to full relative accuracy near 0, from one polynomial.
 template <class F>
 GM_HD void exp_and_excess(F x, F& value, F& excess) {

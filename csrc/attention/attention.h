@@ -1,0 +1,72 @@
+// Attention over heads [B, H, T, D]: forward, log-sum-exp, backward. Derivations stand in
+// gmkernels/ops/attention/reference.py; the names are the same there and here.
+#pragma once
+
+#include "common/dtype.h"
+#include "common/isa.h"
+
+namespace gm {
+
+constexpr int kTile = 64;  // queries of a task: lanes of vectors run over them
+
+// [B, H, T, D] at any strides, in elements, but contiguous along D. data is null where absent.
+struct Heads {
+  const void* data = nullptr;
+  int64_t batch = 0, head = 0, row = 0;
+  DType dtype = DType::f32;
+};
+
+// One call. Query i of batch b sees the keys [lo, hi) of [b * range_stride + i], both of which
+// never decrease with i, but for those where key_mask is false.
+struct AttentionArgs {
+  Heads q, k, v, o, dout;       // dout is null where only lse has a gradient
+  bool has_values = false;      // false for the log-sum-exp alone: no v, no o
+  const float* lse = nullptr;   // backward: [B, H, Tq] contiguous
+  const float* dlse = nullptr;  // [B, H, Tq] contiguous, or null
+  int64_t batches, heads, kv_heads, queries, keys, width;
+  const int32_t *lo, *hi;
+  int64_t range_stride;
+  const uint8_t* key_mask = nullptr;  // [B, Tk], null where no key in [lo, hi) is hidden
+  float scale, softcap;               // softcap 0: none
+  // Forward: contiguous outputs.
+  void* o_out = nullptr;
+  float* lse_out = nullptr;
+  // Backward: contiguous gradients in q's dtype, null where not wanted.
+  void *dq = nullptr, *dk = nullptr, *dv = nullptr;
+  int64_t parts = 1;         // tasks that share the tiles of one key head
+  float* partial = nullptr;  // [B Hkv parts, 2, Tk, padded D]: their sums, if there are several
+
+  int64_t group() const { return heads / kv_heads; }
+  int64_t tiles() const { return (queries + kTile - 1) / kTile; }
+};
+
+// D padded to whole vectors of every object.
+inline int64_t padded(int64_t width) { return (width + 15) / 16 * 16; }
+
+struct AttentionTable {
+  // Tasks of the forward: a tile of queries each, tiles() of each (batch, head).
+  void (*forward)(const AttentionArgs& args, int64_t begin, int64_t end);
+  // Tasks of the backward: a part of a (batch, key head) each.
+  void (*backward)(const AttentionArgs& args, int64_t begin, int64_t end);
+  // Sums the parts in order; a task is a key of a (batch, key head).
+  void (*sum_parts)(const AttentionArgs& args, int64_t begin, int64_t end);
+};
+
+GM_KERNEL_TABLE(AttentionTable, attention_table)
+
+#if defined(GM_X86)
+namespace v4_bf16 {
+extern const AttentionTable attention_table;
+}
+#endif
+
+// bfloat16 heads have kernels of their own where the CPU multiplies bfloat16.
+inline const AttentionTable& select_attention(DType dtype) {
+#if defined(GM_X86)
+  if (dtype == DType::bf16 && active_isa.load(std::memory_order_relaxed) == Isa::v4_bf16)
+    return v4_bf16::attention_table;
+#endif
+  return select_attention_table();
+}
+
+}  // namespace gm
