@@ -17,6 +17,16 @@ from gmkernels.ops.diffusion_step import (
     flow_euler_step,
     heun_step,
 )
+from gmkernels.ops.elementwise import (
+    actnorm,
+    actnorm_inverse,
+    actnorm_statistics,
+    dequantize,
+    leaky,
+    leaky_inverse,
+    logit,
+    logit_inverse,
+)
 from gmkernels.ops.gaussian import gaussian_kl, gaussian_kl_per_dim, reparameterize_kl
 from gmkernels.ops.likelihood import bernoulli_nll, categorical_nll, gaussian_nll
 from gmkernels.ops.spline import (
@@ -35,6 +45,9 @@ __all__ = [
     "Sampler",
     "Schedule",
     "Split",
+    "actnorm",
+    "actnorm_inverse",
+    "actnorm_statistics",
     "add_noise",
     "add_noise_with_target",
     "affine_coupling",
@@ -46,6 +59,7 @@ __all__ = [
     "ddim_step",
     "ddpm_step",
     "denoising_loss",
+    "dequantize",
     "dpmpp_2m_step",
     "euler_ancestral_step",
     "euler_step",
@@ -56,6 +70,10 @@ __all__ = [
     "gaussian_kl_per_dim",
     "gaussian_nll",
     "heun_step",
+    "leaky",
+    "leaky_inverse",
+    "logit",
+    "logit_inverse",
     "noise",
     "normal",
     "reparameterize_kl",

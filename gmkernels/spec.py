@@ -56,15 +56,19 @@ class Inputs:
     data: tuple[int, ...] = ()
 
     def tensors(self) -> list[Tensor]:
-        """Every floating tensor that is no constant, positional first."""
+        """Every floating tensor that is no constant, positional first; those of tuples, too."""
         args = [x for i, x in enumerate(self.args) if i not in self.fixed]
-        found = (*args, *self.kwargs.values())
+        found: list[Any] = []
+        for x in (*args, *self.kwargs.values()):
+            found.extend(x if isinstance(x, tuple) else (x,))
         return [x for x in found if isinstance(x, Tensor) and x.is_floating_point()]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Inputs":
         """The same call with every floating tensor changed that is no constant."""
 
         def one(x: Any) -> Any:
+            if isinstance(x, tuple):
+                return tuple(one(part) for part in x)
             return change(x) if isinstance(x, Tensor) and x.is_floating_point() else x
 
         args = tuple(x if i in self.fixed else one(x) for i, x in enumerate(self.args))

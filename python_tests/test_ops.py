@@ -205,8 +205,9 @@ def test_every_object_and_thread_count_agrees(op, isas, device):
         for a, b in zip(
             run[0] + tuple(run[1]), found[0][1][0] + tuple(found[0][1][1]), strict=True
         ):
+            tolerance = 2e-6 if op.draws[0] == 1 else 1e-4  # where single errors are magnified
             torch.testing.assert_close(
-                a, b, rtol=2e-6, atol=2e-6, msg=lambda m, isa=isa: f"{isa}: {m}"
+                a, b, rtol=tolerance, atol=tolerance, msg=lambda m, isa=isa: f"{isa}: {m}"
             )
 
 

@@ -126,8 +126,8 @@ CASES = (
     Case("block-1", "block-1", (3, GRAIN - 1)),
     Case("block", "block", (2, GRAIN)),
     Case("block+1", "block+1", (3, GRAIN + 1)),
-    Case("large", "large", (2, 20011)),
-    Case("many_rows", "large", (1031, 6)),
+    Case("large", "large", (2, 17001)),
+    Case("many_rows", "large", (531, 6)),
     Case("boundary_values", "boundary", (5, 24), {"values": "boundary"}),
     Case("chunk", "non_contiguous", (6, 50), {"layout": "chunk"}),
     Case("transposed", "non_contiguous", (3, 6, 8), {"layout": "transposed"}),
@@ -147,7 +147,7 @@ CASES = (
     Case("index", "keyword", (5, 37), {"split": "index"}),
     Case("index_joint", "keyword", (3, 7, 40), {"split": "index", "joint": True}),
     Case("permutation", "keyword", (5, 37), {"permutation": True}),
-    Case("permutation_wide", "large", (2, 12000), {"permutation": True, "joint": True}),
+    Case("permutation_wide", "large", (1, 17000), {"permutation": True, "joint": True}),
     Case("board_permuted", "keyword", (3, 3, 4, 6), {"split": "checkerboard", "permutation": True}),
 )
 _BIG = Case("4096x4096", "large", (4096, 4096), {"joint": True})
