@@ -64,17 +64,28 @@ def _seed(text: str) -> int:
     return value
 
 
-def _threads(images: data.Images, batch_size: int) -> int:
+def _threads(images: data.Images | data.Points, batch_size: int) -> int:
     """One for batches as small as the digits', where waking a second costs more than it does."""
     small = batch_size * images.height * images.width * images.levels < 1 << 20
     return 1 if small else torch.get_num_threads()
 
 
-def _new_config(args: argparse.Namespace) -> tuple[train.Config, data.Images]:
+def _new_config(args: argparse.Namespace) -> tuple[train.Config, data.Images | data.Points]:
     chosen = {name: getattr(args, name) for name in DEFAULTS if getattr(args, name) is not None}
     settings = DEFAULTS | RECIPES[args.model].defaults | chosen
     options = parse_options(RECIPES[args.model].build, args.option)
-    images = data.images(settings["data"])
+    images = data.load(settings["data"])
+    if images.levels == 0 and not RECIPES[args.model].points:
+        able = ", ".join(name for name, recipe in RECIPES.items() if recipe.points)
+        raise ValueError(
+            f"--data {images.name} holds points, a {args.model} takes pictures; {able} take both"
+        )
+    most = 0 if images.train_labels is None else int(images.train_labels.max()) + 1
+    if 0 < options.get("classes", 0) < most:
+        raise ValueError(
+            f"--option classes must be 0 or at least {most}, the classes of {images.name}, "
+            f"got {options['classes']}"
+        )
     config = train.Config(
         model=args.model,
         options=options,
@@ -87,7 +98,7 @@ def _new_config(args: argparse.Namespace) -> tuple[train.Config, data.Images]:
     return config, images
 
 
-def _old_config(args: argparse.Namespace) -> tuple[train.Config, data.Images]:
+def _old_config(args: argparse.Namespace) -> tuple[train.Config, data.Images | data.Points]:
     if not (args.out / train.CONFIG).is_file():
         raise ValueError(
             f"--resume: there is no run in {args.out}; leave --resume out to start one"
@@ -105,7 +116,7 @@ def _old_config(args: argparse.Namespace) -> tuple[train.Config, data.Images]:
                 f"--resume: {name} is {stored} in {args.out}, {value} on the command line; "
                 "leave it out, or start another run"
             )
-    images = data.images(config.data)
+    images = data.load(config.data)
     found = (images.height, images.width, images.levels)
     if found != (config.height, config.width, config.levels):
         raise ValueError(f"--resume: the images of {config.data} have changed to {found}")
@@ -143,9 +154,12 @@ def prepare_train(args: argparse.Namespace) -> Callable[[], None]:
         start = time.perf_counter()
         nats = train.fit(args.out, config, model, images)
         seconds = time.perf_counter() - start
+        value, one = (
+            (f"{nats:.2f} nats an", "image") if images.levels else (f"{nats:.4f} nats a", "point")
+        )
         print(
-            f"{args.out}: {config.steps} steps, {nats:.2f} nats an image on the {len(images.test)} "
-            f"test images (-log p(x) or its bound), {seconds:.1f} s"
+            f"{args.out}: {config.steps} steps, {value} {one} on the "
+            f"{len(images.test)} test {one}s (-log p(x) or its bound), {seconds:.1f} s"
         )
 
     return work
@@ -160,8 +174,8 @@ def prepare_sample(args: argparse.Namespace) -> Callable[[], None]:
     config, model = train.load(args.run)
     asked = {name: getattr(args, name) for name in SAMPLING}
     options = sample_options(config.model, config.options, args.run, asked)
-    images = train.sample(config, model, args.n, args.seed, **options)
-    return lambda: train.save_grid(args.out, images)
+    x = train.sample(config, model, args.n, args.seed, **options)
+    return lambda: train.save_samples(args.out, config, model, x, **options)
 
 
 def _parser() -> Parser:
@@ -173,7 +187,9 @@ def _parser() -> Parser:
     fit.add_argument("model", choices=sorted(RECIPES))
     fit.add_argument("--out", type=Path, required=True, help="folder of the run")
     fit.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    fit.add_argument("--data", help="digits (the default), idx:FOLDER, or a folder of IDX files")
+    fit.add_argument(
+        "--data", help="digits (the default), moons, idx:FOLDER, or a folder of IDX files"
+    )
     arguments = "; ".join(
         f"{name}: " + ", ".join(f"{k}={v}" for k, v in option_defaults(recipe.build).items())
         for name, recipe in RECIPES.items()

@@ -1,4 +1,4 @@
-"""Real input: digits, IDX image files, text; and batches that depend on (seed, step) alone.
+"""Real input: digits, two moons, IDX files, text; and batches that depend on (seed, step) alone.
 
 Nothing is downloaded. Files that are missing, truncated or of another kind raise ValueError or
 FileNotFoundError, which say what must hold, what came and what to do.
@@ -42,6 +42,44 @@ class Images:
     def unit(self, x: Tensor) -> Tensor:
         """Levels as float32 in [0, 1]: x / (levels - 1)."""
         return x.to(torch.float32) / (self.levels - 1)
+
+
+@dataclass(frozen=True)
+class Points:
+    """Points of the plane, split into train and test; in a config one row of pixels, no levels.
+
+    Attributes:
+        name: what they are.
+        train, test: float32 [N, 2].
+        train_labels, test_labels: int64 [N].
+    """
+
+    name: str
+    train: Tensor
+    test: Tensor
+    train_labels: Tensor
+    test_labels: Tensor
+    height: int = 1
+    width: int = 2
+    levels: int = 0
+
+    def unit(self, x: Tensor) -> Tensor:
+        """x: points are taken as they are."""
+        return x
+
+
+def moons() -> Points:
+    """Scikit-learn's two moons with noise 0.1: 20,000 points to train on, 10,000 to test.
+
+    Their entropy is 1.0076 nats. Raises ImportError without scikit-learn.
+    """
+    try:
+        from sklearn.datasets import make_moons
+    except ImportError as error:
+        raise ImportError("moons: needs scikit-learn; pip install scikit-learn") from error
+    x, y = make_moons(30_000, noise=0.1, random_state=0)
+    points, labels = torch.from_numpy(x).float(), torch.from_numpy(y)
+    return Points("moons", points[:20_000], points[20_000:], labels[:20_000], labels[20_000:])
 
 
 def digits() -> Images:
@@ -146,16 +184,17 @@ def idx(folder: str | Path) -> Images:
     return Images(str(folder), x.flatten(1), x_test.flatten(1), y, y_test, height, width, 256)
 
 
-def images(source: str) -> Images:
-    """Images by name, as on the command line: "digits", "idx:FOLDER", or a folder of IDX files."""
-    if source == "digits":
-        return digits()
+def load(source: str) -> Images | Points:
+    """Data by name, as on the command line: "digits", "moons", "idx:FOLDER", or a folder of IDX
+    files."""
+    if source in ("digits", "moons"):
+        return digits() if source == "digits" else moons()
     if source.startswith("idx:"):
         return idx(source.removeprefix("idx:"))
     if Path(source).is_dir():
         return idx(source)
     raise ValueError(
-        f"data must be digits, idx:FOLDER or a folder of IDX files, got {source!r}; "
+        f"data must be digits, moons, idx:FOLDER or a folder of IDX files, got {source!r}; "
         "there is no such folder"
     )
 

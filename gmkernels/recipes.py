@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gmkernels.models import image_diffusion, image_latent_diffusion, vae
+from gmkernels.models import image_diffusion, image_flow, image_latent_diffusion, vae
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +19,9 @@ class Recipe:
         build: (pixels, levels, **options) -> the model; its keyword arguments are --option names.
             The model has loss(x, seed=), sample(n, seed=) and `takes`, "levels" or "unit".
         nll: (model, x, key) -> [B] nats, -log p(x) or an upper bound of it.
-        labelled: loss() takes label= too, and sample() label= and guidance=.
+        labelled: loss() takes label= too, and sample() label=, unless the option classes is 0.
+        guided: sample() takes sampler=, steps= and guidance= too.
+        points: it models points of the plane as well as pictures; build is then given levels=0.
         reads: sample() takes text= too, unless the option classes is 0.
         first: a part of the model that is trained alone, by its own loss(x, seed=), in the first
             `share` of the steps; then model.measure_scale(train images, seed=) ends that stage.
@@ -29,6 +31,8 @@ class Recipe:
     build: Callable[..., nn.Module]
     nll: Callable[[Any, Tensor, Tensor], Tensor]
     labelled: bool = False
+    guided: bool = False
+    points: bool = False
     reads: bool = False
     first: str | None = None
     share: float = 0.0
@@ -55,19 +59,33 @@ def _latent_bound(model: Any, x: Tensor, key: Tensor) -> Tensor:
     return -(model.log_prob if model.measured else model.vae.elbo)(x, seed=key)
 
 
+def _flow_nats(model: Any, x: Tensor, key: Tensor) -> Tensor:
+    return -model.log_prob(x, seed=key)
+
+
+def _flow(build: Callable[..., nn.Module], **defaults: Any) -> Recipe:
+    return Recipe(build, _flow_nats, labelled=True, points=True, defaults=_FLOW | defaults)
+
+
+_FLOW = {"lr": 2e-3, "steps": 800}
 _DIFFUSION = {"lr": 2e-3, "every": 1000, "weight_decay": 1e-3}
 RECIPES = {
     "vae": Recipe(vae.image_vae, lambda model, x, key: -model.elbo(x, seed=key)),
+    "realnvp": _flow(image_flow.realnvp),
+    "glow": _flow(image_flow.glow),
+    "nsf": _flow(image_flow.nsf),
+    "maf": _flow(image_flow.maf, steps=600, weight_decay=0.3),
     "diffusion": Recipe(
-        image_diffusion.image_diffusion, _bound, labelled=True, defaults=_DIFFUSION
+        image_diffusion.image_diffusion, _bound, labelled=True, guided=True, defaults=_DIFFUSION
     ),
     "flow_matching": Recipe(
-        image_diffusion.image_flow_matching, _bound, labelled=True, defaults=_DIFFUSION
+        image_diffusion.image_flow_matching, _bound, labelled=True, guided=True, defaults=_DIFFUSION
     ),
     "latent_diffusion": Recipe(
         image_latent_diffusion.image_latent_diffusion,
         _latent_bound,
         labelled=True,
+        guided=True,
         reads=True,
         first="vae",
         share=0.25,
@@ -111,15 +129,25 @@ def sample_options(
         asked: sampler, steps, label, text and guidance; None for what was not.
     """
     found = {key: value for key, value in asked.items() if value is not None}
-    if found and not RECIPES[name].labelled:
+    recipe, classes, named = RECIPES[name], options.get("classes", 0), "label" in found
+    if found and not recipe.labelled:
         raise ValueError(
             f"--sampler, --steps, --class, --text and --guidance are for diffusion models; {run} "
             f"holds a {name}"
         )
-    classes, named = options.get("classes", 0), "label" in found
+    if found.keys() - {"label"} and not recipe.guided:
+        raise ValueError(
+            f"--sampler, --steps, --text and --guidance are for diffusion models; {run} holds a "
+            f"{name}"
+        )
+    if named and not classes:
+        raise ValueError(
+            f"--class needs a model of classes, as -o classes=10 trains; {run} holds a {name} "
+            "without"
+        )
     if named and not 0 <= found["label"] < classes:
         raise ValueError(f"--class must lie in [0, {classes}), got {found['label']}")
-    if "text" in found and not (RECIPES[name].reads and classes):
+    if "text" in found and not (recipe.reads and classes):
         raise ValueError(f"--text is for models that read text; {run} holds a {name} without")
     if "text" in found and named:
         raise ValueError("--text and --class both say what to draw; leave one of them out")

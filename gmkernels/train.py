@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from gmkernels import checkpoint, data, noise
+from gmkernels import checkpoint, data, noise, pictures
 from gmkernels.recipes import RECIPES, option_defaults
 
 CONFIG, METRICS, CHECKPOINT, SAMPLES = (
@@ -119,7 +119,7 @@ def training_step(
 
 
 @torch.no_grad()
-def test_nats(config: Config, model: Any, images: data.Images) -> float:
+def test_nats(config: Config, model: Any, images: data.Images | data.Points) -> float:
     """Mean over the test images of the recipe's nll, with the same noise at each call.
 
     Leaves the model in eval mode.
@@ -134,7 +134,7 @@ def test_nats(config: Config, model: Any, images: data.Images) -> float:
     return total / len(images.test)
 
 
-def fit(run: Path, config: Config, model: Any, images: data.Images) -> float:
+def fit(run: Path, config: Config, model: Any, images: data.Images | data.Points) -> float:
     """Trains from the run's checkpoint, or from the start, to config.steps; returns the test nats.
 
     A recipe of two stages trains a part of the model first, then the rest with what that part has
@@ -187,7 +187,9 @@ def fit(run: Path, config: Config, model: Any, images: data.Images) -> float:
                 _write_metrics(run, rows)
                 bar.set_postfix(loss=f"{loss:.2f}", test=f"{nats:.2f}")
                 total.zero_()
-    save_grid(run / SAMPLES, sample(config, model.eval(), 64, _fold(config, _SAMPLES)))
+    n = 64 if config.levels else 1000
+    x = sample(config, model.eval(), n, _fold(config, _SAMPLES))
+    save_samples(run / SAMPLES, config, model, x)
     return rows[-1][2]
 
 
@@ -195,32 +197,33 @@ def fit(run: Path, config: Config, model: Any, images: data.Images) -> float:
 def sample(config: Config, model: Any, n: int, seed: noise.Seed, **options: Any) -> Tensor:
     """n samples of a model in eval mode as pictures, [n, height, width] in [0, 1], on the CPU.
 
+    Of a model of points, [n, 2].
     options: of the model's sample(): label, guidance, sampler, steps.
     """
     x = model.sample(n, seed=seed, **options).float()
+    if not config.levels:
+        return x.cpu()
     if model.takes == "levels":
         x = x / (config.levels - 1)
     return x.clamp(0, 1).view(n, config.height, config.width).cpu()
 
 
-def save_grid(path: Path, x: Tensor) -> None:
-    """Writes grey images [N, H, W] in [0, 1] as one PNG, ceil(sqrt(N)) a row, enlarged if small."""
-    try:
-        from matplotlib import image
-    except ImportError as error:
-        raise ImportError(f"{path.name}: needs matplotlib; pip install matplotlib") from error
-    n, height, width = x.shape
-    columns = math.isqrt(n - 1) + 1
-    rows = -(-n // columns)
-    cells = torch.ones(rows * columns, height + 1, width + 1)
-    cells[:n, :height, :width] = x
-    grid = cells.view(rows, columns, height + 1, width + 1).transpose(1, 2).flatten(2).flatten(0, 1)
-    factor = max(1, 32 // max(height, width))
-    grid = grid[:-1, :-1].repeat_interleave(factor, 0).repeat_interleave(factor, 1)
-    rgb = (grid * 255).round().to(torch.uint8)[..., None].expand(-1, -1, 3)
-    png = io.BytesIO()
-    image.imsave(png, rgb.numpy(), format="png")
-    checkpoint.write_atomically(path, png.getvalue())
+def save_samples(path: Path, config: Config, model: Any, x: Tensor, **options: Any) -> None:
+    """Writes what sample() gave as a PNG: a grid of pictures, or points over their density.
+
+    options: as in sample().
+    """
+    if config.levels:
+        pictures.save_grid(path, x)
+        return
+    label = options.get("label")
+
+    @torch.no_grad()
+    def log_prob(points: Tensor) -> Tensor:
+        labels = None if label is None else torch.full((len(points),), label)
+        return model.log_prob(points.to(config.device), labels).cpu()
+
+    pictures.save_density(path, x, log_prob)
 
 
 def _own_generator(config: Config) -> AbstractContextManager[None]:
@@ -232,7 +235,7 @@ def _fold(config: Config, use: int) -> Tensor:
     return noise.fold_in(noise.key(config.seed), use)
 
 
-def _input(config: Config, model: Any, images: data.Images, x: Tensor) -> Tensor:
+def _input(config: Config, model: Any, images: data.Images | data.Points, x: Tensor) -> Tensor:
     x = x.to(config.device)
     return x.long() if model.takes == "levels" else images.unit(x)
 

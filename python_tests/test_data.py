@@ -42,7 +42,7 @@ def test_digits():
 def test_idx_reads_what_was_written(tmp_path, dot, pack, gz):
     made = write_folder(tmp_path, dot=dot, pack=pack, gz=gz)
     for source in (f"idx:{tmp_path}", str(tmp_path)):
-        found = data.images(source)
+        found = data.load(source)
         assert (found.height, found.width, found.levels) == (3, 4, 256)
         assert torch.equal(found.train, made["train"][0].flatten(1).to(torch.uint8))
         assert torch.equal(found.test, made["t10k"][0].flatten(1).to(torch.uint8))
@@ -92,11 +92,11 @@ def test_idx_refuses(tmp_path, name):
 
 def test_missing_sources(tmp_path):
     with pytest.raises(FileNotFoundError, match="must be a folder of IDX files"):
-        data.images(f"idx:{tmp_path / 'none'}")
+        data.load(f"idx:{tmp_path / 'none'}")
     with pytest.raises(FileNotFoundError, match="must hold train-images-idx3-ubyte"):
-        data.images(str(tmp_path))
-    with pytest.raises(ValueError, match="must be digits, idx:FOLDER or a folder"):
-        data.images("cifar")
+        data.load(str(tmp_path))
+    with pytest.raises(ValueError, match="must be digits, moons, idx:FOLDER or a folder"):
+        data.load("cifar")
 
 
 def test_text_round_trip(tmp_path):

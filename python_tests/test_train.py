@@ -15,7 +15,7 @@ from conftest import DEVICES
 from test_data import write_folder
 from torch import nn
 
-from gmkernels import checkpoint, noise, train
+from gmkernels import checkpoint, noise, pictures, train
 from gmkernels.__main__ import main
 from gmkernels.models import vae
 from gmkernels.recipes import parse_options
@@ -207,7 +207,7 @@ def test_grid_holds_the_images(tmp_path):
     from matplotlib import image
 
     x = torch.rand(3, 40, 33, generator=torch.Generator().manual_seed(0))
-    train.save_grid(tmp_path / "a.png", x)
+    pictures.save_grid(tmp_path / "a.png", x)
     grid = torch.from_numpy(image.imread(tmp_path / "a.png")[..., 0].copy())
     assert grid.shape == (2 * 41 - 1, 2 * 34 - 1)
     found = torch.stack([grid[:40, :33], grid[:40, 34:], grid[41:, :33]])
@@ -286,7 +286,7 @@ def refused(capsys, *args):
         (["--seed", str(2**63)], "must be an integer in [-2^63, 2^63)"),
         (
             ["--data", "cifar"],
-            "data must be digits, idx:FOLDER or a folder of IDX files, got 'cifar'",
+            "data must be digits, moons, idx:FOLDER or a folder of IDX files, got 'cifar'",
         ),
         (["--data", "idx:/nowhere"], "idx: /nowhere must be a folder of IDX files; there is none"),
         (["--batch-size", "1001"], "--batch-size must be at most the 1000 train images, got 1001"),

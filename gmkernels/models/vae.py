@@ -16,17 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from gmkernels import noise
+from gmkernels.models.condition import join_condition
 from gmkernels.models.likelihood import Bernoulli, Categorical, Gaussian, Likelihood
 from gmkernels.ops.gaussian import gaussian_kl_per_dim, reparameterize_kl
 from gmkernels.ops.likelihood import gaussian_nll
-
-
-def _join(x: Tensor, c: Tensor | None) -> Tensor:
-    """Concatenates the condition c [B, K] along dimension 1, as K constant planes if x has more."""
-    if c is None:
-        return x
-    planes = c.to(x.dtype).view(*c.shape, *(1,) * (x.dim() - 2))
-    return torch.cat([x, planes.expand(*c.shape, *x.shape[2:])], 1)
 
 
 class VAE(nn.Module):
@@ -80,12 +73,12 @@ class VAE(nn.Module):
     def encode(self, x: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of q(z|x), each [B, Z, *]."""
         features = self.likelihood.features(x).to(self.origin.dtype)
-        mean, logvar = self.encoder(_join(features, c)).chunk(2, 1)
+        mean, logvar = self.encoder(join_condition(features, c)).chunk(2, 1)
         return mean, logvar
 
     def decode(self, z: Tensor, c: Tensor | None = None) -> Tensor:
         """Parameters of p(x|z)."""
-        return self.decoder(_join(z, c))
+        return self.decoder(join_condition(z, c))
 
     def terms(
         self, x: Tensor, c: Tensor | None = None, *, seed: noise.Seed = None

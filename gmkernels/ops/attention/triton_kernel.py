@@ -143,6 +143,8 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, empty where not wanted."""
     dq, dk, dv = outputs.wanted(needs, q, k, v)
+    if v is None:
+        do = None  # there is no o whose gradient could matter
     delta = _delta(do, dlse, o, q)
     low, high = _ranges(q, k, cu_seqlens, causal, window)
     values, gradient = k if v is None else v, q if do is None else do

@@ -153,6 +153,8 @@ def sampler_step_backward(
     needs: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the six tensors from x to eps, empty where not wanted."""
+    if not denoised:
+        ddenoised = None  # of an output that was not asked for, and is empty
     read = (dx_next, ddenoised, x, predicted, unconditional, variance, eps)
     made = outputs.wanted(needs, x, predicted, unconditional, previous, variance, eps)
     # A wanted gradient without a tensor is empty, too, and not written.

@@ -73,7 +73,12 @@ _SHAPES = (
     Case("transposed", "non_contiguous", (3, 6, 8), {"layout": "transposed"}),
     Case("channels_last", "channels_last", (2, 4, 3, 5), {"layout": "channels_last"}),
     Case("mixed_dtypes", "mixed", (4, 33), {"mixed": True}),
-    Case("5_bins", "keyword", (3, 50), {"bins": 5}),
+    Case(
+        "numbers",
+        "keyword",
+        (3, 50),
+        {"bins": 5, "bound": 1.3, "min_width": 0.03, "min_height": 0.1, "min_derivative": 0.2},
+    ),
 )
 # What the rows share is tested in full where most of it meets: in the coupling.
 _NUMBER_CASES = (
@@ -82,8 +87,6 @@ _NUMBER_CASES = (
     Case("apart", "keyword", (5, 37), {"apart": True}),
     Case("4_bins", "keyword", (5, 37), {"bins": 4, "apart": True}),
     Case("32_bins", "keyword", (3, 21), {"bins": 32}),
-    Case("bound", "keyword", (5, 37), {"bound": 1.3}),
-    Case("minima", "keyword", (5, 37), {"min_width": 0.03, "min_height": 0.1}),
     Case("min_derivative", "keyword", (5, 37), {"min_derivative": 0.0}),
 )
 _COUPLINGS = (
@@ -118,7 +121,7 @@ def _row(name: str, summary: str, source: str, *, coupling: bool, inverse: bool)
         inputs=functools.partial(inputs, coupling=coupling),
         cases=_SHAPES
         + (_NUMBER_CASES if coupling else ())
-        + (_COUPLINGS if coupling and not inverse else ()),
+        + (_COUPLINGS[inverse:] if coupling else ()),
         benchmarks=benchmarks,
         bytes=functools.partial(_bytes, coupling=coupling),
         flops=_flops,
