@@ -169,6 +169,8 @@ def test_reference_gradcheck(op, case, device):
 
 @pytest.mark.parametrize(("op", "case"), EVERY_CASE)
 def test_equal_bits_on_two_runs(op, case, backend, device):
+    if backend == "triton" and device == "cpu" and case.kind not in ("odd", "boundary"):
+        pytest.skip("the interpreter runs programs one after the other, in order")
     given = op.inputs(case, torch.float32, device, 3)
     runs = [
         outputs_and_gradients(

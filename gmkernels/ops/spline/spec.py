@@ -97,7 +97,7 @@ _COUPLINGS = (
     Case("permutation", "keyword", (70, 6), {"permutation": True}),
 )
 _FLOOR = (4.0, "sums over bins, a root and quotients each round")
-_DRAWS = (32, "narrow bins and steep slopes magnify what is rounded, by chance for either side")
+_DRAWS = (128, "narrow bins and steep slopes magnify what is rounded, by chance for either side")
 _BIG = Case("16384x32", "large", (16384, 32))
 _PLANE = Case("1048576x2", "large", (1 << 20, 2))
 
