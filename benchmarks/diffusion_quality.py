@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.probes import commit
-from gmkernels import Schedule, checkpoint, data, noise, toys, train
+from gmkernels import Schedule, checkpoint, data, noise, runs, toys, train
 from gmkernels.models.diffusion import Diffusion
 from gmkernels.models.edm import EDM
 from gmkernels.models.nets import MLP
@@ -105,7 +105,7 @@ def ring_rows() -> Iterator[tuple[Any, ...]]:
     yield "ring", "edm", "heun", len(path), "", measure, sliced_wasserstein(x, real)
 
 
-def digit_rows(runs: list[Path], scales: Sequence[float]) -> Iterator[tuple[Any, ...]]:
+def digit_rows(folders: list[Path], scales: Sequence[float]) -> Iterator[tuple[Any, ...]]:
     """Agreement with the class and coverage of each run over the guidance scale."""
     from sklearn.linear_model import LogisticRegression
 
@@ -115,7 +115,7 @@ def digit_rows(runs: list[Path], scales: Sequence[float]) -> Iterator[tuple[Any,
     asked = torch.arange(10).repeat_interleave(100)
     rate = judge.score(real, images.test_labels)
     yield "digits", "real test digits", "", "", "", "assigned to their class", rate
-    for config, model in map(train.load, runs):
+    for config, model in map(runs.load, folders):
         for guidance in scales:
             x = model.sample(1000, label=asked, guidance=guidance, steps=50, seed=5)
             flat = x.flatten(1) / 16

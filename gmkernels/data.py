@@ -18,8 +18,22 @@ from torch import Tensor
 from gmkernels import noise
 
 
+class _Rows:
+    """Examples that are rows of `train` and `test`, with labels or without."""
+
+    train: Tensor
+    test: Tensor
+    train_labels: Tensor | None
+
+    def batch(self, size: int, *, seed: int | Tensor, step: int) -> tuple[Tensor, Tensor | None]:
+        """Batch `step` of the train part by batch_indices(), and its labels where there are."""
+        index = batch_indices(len(self.train), size, seed=seed, step=step)
+        labels = None if self.train_labels is None else self.train_labels[index]
+        return self.train[index], labels
+
+
 @dataclass(frozen=True)
-class Images:
+class Images(_Rows):
     """Grey images, split into train and test, one flat row an image.
 
     Attributes:
@@ -30,6 +44,7 @@ class Images:
         levels: number of grey levels.
     """
 
+    kind = "images"
     name: str
     train: Tensor
     test: Tensor
@@ -45,7 +60,7 @@ class Images:
 
 
 @dataclass(frozen=True)
-class Points:
+class Points(_Rows):
     """Points of the plane, split into train and test; in a config one row of pixels, no levels.
 
     Attributes:
@@ -54,6 +69,7 @@ class Points:
         train_labels, test_labels: int64 [N].
     """
 
+    kind = "points"
     name: str
     train: Tensor
     test: Tensor

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_data import write_folder
 
-from gmkernels import data, pictures, train
+from gmkernels import data, pictures, runs, train
 from gmkernels.__main__ import main
 
 SMALL = ["-o", "layers=1", "-o", "width=8", "--threads", "1", "--batch-size", "20"]
@@ -34,7 +34,7 @@ def _threads():
 
 
 def bits(folder):
-    names = train.CHECKPOINT, train.METRICS, train.SAMPLES
+    names = runs.CHECKPOINT, runs.METRICS, runs.SAMPLES
     return [(folder / name).read_bytes() for name in names]
 
 
@@ -62,21 +62,21 @@ def test_trains_and_resumes_at_the_same_bits(tmp_path, monkeypatch, name, source
     monkeypatch.undo()
     assert main(["train", name, "--out", str(broken), "--resume"]) == 0
     assert bits(broken) == bits(whole)
-    with open(whole / train.METRICS, newline="") as file:
+    with open(whole / runs.METRICS, newline="") as file:
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows] == [2, 4, 5]
     assert all(math.isfinite(float(value)) for row in rows for value in row.values())
-    config, model = train.load(whole)
+    config, model = runs.load(whole)
     assert config.options["layers"] == 1
-    x = train.sample(config, model, 7, 1)
+    x = runs.sample(config, model, 7, 1)
     assert x.shape == ((7, 2) if source == "moons" else (7, 8, 8))
 
 
 def test_moons(tmp_path, capsys):
     """Nats a point; the test part is fresh, and its entropy is the known one."""
     assert start(tmp_path / "a", "maf", "--data", "moons") == 0
-    assert "nats a point on the 10000 test points" in capsys.readouterr().out
-    config = json.loads((tmp_path / "a" / train.CONFIG).read_text())
+    assert "mean of the 10000 test points: " in capsys.readouterr().out
+    config = json.loads((tmp_path / "a" / runs.CONFIG).read_text())
     assert (config["height"], config["width"], config["levels"]) == (1, 2, 0)
     points = data.moons()
     assert points.train.shape == (20_000, 2)
@@ -112,16 +112,16 @@ def test_nsf_nears_the_entropy_of_moons():
     """150 steps come within 0.25 nats of what no model can beat."""
     options = {"layers": 2, "dropout": 0.0}
     numbers = 1, 2, 0, 150, 200, 1e-2, 1e-2, 0, 150, 1  # height to threads
-    config = train.Config("nsf", "moons", options, *numbers, "cpu")
+    config = runs.Config("nsf", "moons", options, *numbers, "cpu")
     torch.set_num_threads(1)
-    model, points = train.build(config), data.moons()
+    model, points = runs.build(config), data.moons()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr)
     for step in range(config.steps):
         index = data.batch_indices(20_000, 200, seed=1, step=step)
         for group in optimizer.param_groups:
             group["lr"] = train.learning_rate(config, step)
         train.training_step(model, optimizer, points.train[index])
-    nats = train.test_nats(config, model, points)
+    nats = train.test_score(config, model, points)
     assert 1.0076 - 0.05 < nats < 1.0076 + 0.25
 
 
@@ -134,19 +134,19 @@ def test_samples_of_a_class(tmp_path, capsys):
         assert main([str(a) for a in args]) == 0
         made[label] = picture.read_bytes()
     assert len(set(made.values())) == 3
-    config, model = train.load(run)
-    x, plots = train.sample(config, model, 50, 0, label=0), []
-    assert not torch.equal(x, train.sample(config, model, 50, 0, label=1))
+    config, model = runs.load(run)
+    x, plots = runs.sample(config, model, 50, 0, label=0), []
+    assert not torch.equal(x, runs.sample(config, model, 50, 0, label=1))
     for label in (0, 1):
-        train.save_samples(picture, config, model, x, label=label)
+        runs.save_samples(picture, config, model, x, label=label)
         plots.append(picture.read_bytes())
     assert plots[0] != plots[1], "the density is not that of the class"
     ask = ("sample", run, "--out", picture)
     assert "--class must lie in [0, 2), got 2" in refused(capsys, *ask, "--class", 2)
     for wrong in (("--sampler", "ddim"), ("--steps", 5), ("--guidance", 2), ("--text", "a")):
         said = refused(capsys, *ask, *wrong)
-        assert "are for diffusion models" in said
-        assert "holds a nsf" in said
+        assert f"{wrong[0]} cannot be asked of a nsf" in said
+        assert said.endswith("it takes --class\n")
     plain = tmp_path / "b"
     assert start(plain, "nsf", "--data", "digits") == 0
     said = refused(capsys, "sample", plain, "--out", picture, "--class", 1)
@@ -161,7 +161,10 @@ def test_train_refuses(tmp_path, capsys):
     few = said("nsf", "--data", "digits", "-o", "classes=3")
     assert "--option classes must be 0 or at least 10, the classes of digits, got 3" in few
     points = said("vae", "--data", "moons")
-    assert "--data moons holds points, a vae takes pictures; realnvp, glow, nsf, maf" in points
+    assert (
+        "--data moons holds points, a vae takes images; points can train realnvp, glow, nsf, maf"
+        in points
+    )
     assert "same result twice, got Dropout" in said("maf", "-o", "reconstruct=true")
     (tmp_path / "images").mkdir()
     write_folder(tmp_path / "images", n=40)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_data import write_folder
 
-from gmkernels import checkpoint, train
+from gmkernels import checkpoint, runs, train
 from gmkernels.__main__ import main
 from gmkernels.models.latent_diffusion import LatentDiffusion
 
@@ -45,7 +45,7 @@ def finished(tmp_path_factory):
 
 
 def bits(folder):
-    names = train.CHECKPOINT, train.METRICS, train.SAMPLES
+    names = runs.CHECKPOINT, runs.METRICS, runs.SAMPLES
     return [(folder / name).read_bytes() for name in names]
 
 
@@ -70,7 +70,7 @@ def test_a_resumed_run_ends_at_the_same_bits(tmp_path, monkeypatch, every, stop_
     with pytest.raises(Stop):
         start(broken, *args)
     monkeypatch.undo()
-    assert (broken / train.CHECKPOINT).exists() == (stop_at >= every)
+    assert (broken / runs.CHECKPOINT).exists() == (stop_at >= every)
     assert main(["train", "latent_diffusion", "--out", str(broken), "--resume"]) == 0
     assert bits(broken) == bits(whole)
 
@@ -78,17 +78,17 @@ def test_a_resumed_run_ends_at_the_same_bits(tmp_path, monkeypatch, every, stop_
 def test_stages(finished, tmp_path):
     """First the VAE alone, then all else; the scale is that of the VAE that the turn found."""
     assert start(tmp_path / "b", "--every", "2") == 0
-    with open(tmp_path / "b" / train.METRICS, newline="") as file:
+    with open(tmp_path / "b" / runs.METRICS, newline="") as file:
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows] == [2, 4, 6, 8]
     assert all(math.isfinite(float(value)) for row in rows for value in row.values())
-    config, model = train.load(finished)
+    config, model = runs.load(finished)
     assert config.steps == 8
     assert model.measured
-    moved = {name for name, p in train.build(config).named_parameters()
+    moved = {name for name, p in runs.build(config).named_parameters()
              if not torch.equal(p, model.get_parameter(name))}  # fmt: skip
     assert {name.partition(".")[0] for name in moved} == {"vae", "diffusion", "text"}
-    tensors, _ = checkpoint.read(finished / train.CHECKPOINT)
+    tensors, _ = checkpoint.read(finished / runs.CHECKPOINT)
     taken = {name.split(".")[1]: int(x) for name, x in tensors.items() if name.endswith(".step")}
     assert taken == {"vae": 2, "diffusion": 6, "text": 6}
 
@@ -131,7 +131,7 @@ def test_trains_on_a_folder_of_idx_files(tmp_path, capsys, options):
     write_folder(tmp_path / "images", n=40, height=10, width=10)
     run, picture = tmp_path / "b", tmp_path / "a.png"
     assert start(run, "--data", str(tmp_path / "images"), *options) == 0
-    assert train.sample(*train.load(run), 3, 0).shape == (3, 10, 10)
+    assert runs.sample(*runs.load(run), 3, 0).shape == (3, 10, 10)
     ask = ["sample", str(run), "--n", "1", "--text", "an ankle boot", "--out", str(picture)]
     if "classes=0" in options:
         assert "--text is for models that read text" in refused(capsys, *ask)
@@ -141,8 +141,8 @@ def test_trains_on_a_folder_of_idx_files(tmp_path, capsys, options):
 
 def test_text_needs_a_model_that_reads(tmp_path, capsys):
     for name, message in (
-        ("diffusion", "--text is for models that read text"),
-        ("vae", "are for diffusion models"),
+        ("diffusion", "it takes --class, --sampler, --steps, --guidance"),
+        ("vae", "it takes none"),
     ):
         small = ["-o", "times=4", "-o", "width=8"] if name == "diffusion" else ["-o", "hidden=8"]
         steps = ["--steps", "1", "--every", "1"]

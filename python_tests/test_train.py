@@ -1,6 +1,7 @@
 """The commands: the same bits after a kill, whole files always, one clear line for bad input."""
 
 import csv
+import dataclasses
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from conftest import DEVICES
 from test_data import write_folder
 from torch import nn
 
-from gmkernels import checkpoint, noise, pictures, train
+from gmkernels import checkpoint, data, noise, pictures, runs, train
 from gmkernels.__main__ import main
 from gmkernels.models import vae
 from gmkernels.recipes import parse_options
@@ -50,22 +51,20 @@ def _threads():
 
 
 def bits(folder):
-    return [
-        (folder / name).read_bytes() for name in (train.CHECKPOINT, train.METRICS, train.SAMPLES)
-    ]
+    return [(folder / name).read_bytes() for name in (runs.CHECKPOINT, runs.METRICS, runs.SAMPLES)]
 
 
 def test_a_run_leaves_its_files(finished):
-    names = {train.CONFIG, train.METRICS, train.CHECKPOINT, train.SAMPLES}
+    names = {runs.CONFIG, runs.METRICS, runs.CHECKPOINT, runs.SAMPLES}
     assert {p.name for p in finished.iterdir()} == names
-    config = json.loads((finished / train.CONFIG).read_text())
+    config = json.loads((finished / runs.CONFIG).read_text())
     assert config["steps"] == 12
     assert config["options"]["hidden"] == 8
-    with open(finished / train.METRICS, newline="") as file:
+    with open(finished / runs.METRICS, newline="") as file:
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows] == [5, 10, 12]
     assert float(rows[-1]["test_nats"]) < float(rows[0]["test_nats"])
-    assert checkpoint.read(finished / train.CHECKPOINT)[1]["step"] == 12
+    assert checkpoint.read(finished / runs.CHECKPOINT)[1]["step"] == 12
 
 
 def test_same_seed_same_bits_and_other_seed_others(finished, tmp_path):
@@ -94,7 +93,7 @@ def test_a_resumed_run_ends_at_the_same_bits(finished, tmp_path, monkeypatch, st
     with pytest.raises(Stop):
         start(folder)
     monkeypatch.undo()
-    assert (folder / train.CHECKPOINT).exists() == (stop_at >= 5)
+    assert (folder / runs.CHECKPOINT).exists() == (stop_at >= 5)
     assert run("train", "vae", "--out", folder, "--resume") == 0
     assert bits(folder) == bits(finished)
 
@@ -146,12 +145,12 @@ def killed(tmp_path_factory):
 def test_a_killed_run_leaves_the_last_whole_checkpoint(finished, killed, point):
     folder, step = killed / point, KILL_POINTS[point]
     assert len(list(folder.glob("*.tmp"))) == 1
-    assert (folder / train.CONFIG).exists() == (step is not None)
+    assert (folder / runs.CONFIG).exists() == (step is not None)
     if step is None:
         return
-    assert (folder / train.CHECKPOINT).exists() == (step > 0)
+    assert (folder / runs.CHECKPOINT).exists() == (step > 0)
     if step:
-        assert checkpoint.read(folder / train.CHECKPOINT)[1]["step"] == step
+        assert checkpoint.read(folder / runs.CHECKPOINT)[1]["step"] == step
     assert run("train", "vae", "--out", folder, "--resume") == 0
     assert bits(folder) == bits(finished)
     assert not list(folder.glob("*.tmp"))
@@ -222,8 +221,8 @@ def test_trains_on_a_folder_of_idx_files(tmp_path, likelihood):
     data = f"idx:{tmp_path / 'images'}"
     option = f"likelihood={likelihood}"
     assert start(tmp_path / "b", "--data", data, "-o", option, "-o", "free_bits=0.1") == 0
-    config, model = train.load(tmp_path / "b")
-    x = train.sample(config, model, 3, 0)
+    config, model = runs.load(tmp_path / "b")
+    x = runs.sample(config, model, 3, 0)
     assert x.shape == (3, 3, 4)
     assert x.min() >= 0
     assert x.max() <= 1
@@ -233,29 +232,29 @@ def test_trains_on_a_folder_of_idx_files(tmp_path, likelihood):
 def test_trains_and_resumes_on_a_gpu(tmp_path):
     folder = tmp_path / "b"
     assert start(folder, "--device", "cuda") == 0
-    assert train.load(folder)[0].device == "cuda"
+    assert runs.load(folder)[0].device == "cuda"
     assert run("train", "vae", "--out", folder, "--resume", "--device", "cuda") == 0
 
 
 def test_digits_beat_the_histogram(tmp_path, capsys):
     """A per-pixel histogram has 106.4 nats an image; 2000 steps reach 89."""
     assert run("train", "vae", "--out", tmp_path / "b", "--steps", 300, "--every", 300) == 0
-    assert "nats an image on the 447 test images" in capsys.readouterr().out
-    with open(tmp_path / "b" / train.METRICS, newline="") as file:
+    assert "mean of the 447 test images: " in capsys.readouterr().out
+    with open(tmp_path / "b" / runs.METRICS, newline="") as file:
         assert float(next(csv.DictReader(file))["test_nats"]) < 100
 
 
 def test_test_nats_do_not_depend_on_how_the_images_are_cut(finished):
-    config, model = train.load(finished)
-    images = train.data.digits()
-    key = noise.fold_in(noise.key(config.seed), train._TEST)
+    config, model = runs.load(finished)
+    images = data.digits()
+    key = noise.fold_in(noise.key(config.seed), runs.TEST)
     with torch.no_grad():
         whole = -model.elbo(images.test, seed=key).double().mean()
-    many = train.dataclasses.replace(images, test=images.test.repeat(3, 1))
+    many = dataclasses.replace(images, test=images.test.repeat(3, 1))
     rows = -model.elbo(many.test, seed=key).detach().double().mean()
-    assert abs(train.test_nats(config, model, images) - float(whole)) < 1e-3
+    assert abs(train.test_score(config, model, images) - float(whole)) < 1e-3
     model.eval()
-    assert abs(train.test_nats(config, model, many) - float(rows)) < 1e-3
+    assert abs(train.test_score(config, model, many) - float(rows)) < 1e-3
 
 
 def test_digits_vae_is_what_the_command_builds():
@@ -332,21 +331,21 @@ def test_resume_refuses(finished, tmp_path, capsys):
 
     folder = tmp_path / "b"
     shutil.copytree(finished, folder)
-    raw = (folder / train.CHECKPOINT).read_bytes()
+    raw = (folder / runs.CHECKPOINT).read_bytes()
     for broken in (raw[:-1], raw[:100], b"", b"\0" * 50):
-        (folder / train.CHECKPOINT).write_bytes(broken)
+        (folder / runs.CHECKPOINT).write_bytes(broken)
         assert "is damaged" in resume(folder)
         assert "is damaged" in refused(capsys, "sample", folder, "--out", tmp_path / "a.png")
     other = vae.image_vae(64, 17, hidden=9, latent_dim=2)
     optimizer = torch.optim.AdamW(other.parameters())
-    checkpoint.save(folder / train.CHECKPOINT, other, optimizer, {"step": 1})
+    checkpoint.save(folder / runs.CHECKPOINT, other, optimizer, {"step": 1})
     assert "must hold this model's tensors; model" not in (message := resume(folder))
     assert "must hold this model's tensors; " in message
-    whole = (folder / train.CONFIG).read_text()
+    whole = (folder / runs.CONFIG).read_text()
     for broken in ("{", '{"model": "vae"}', "[]", whole.replace('"vae"', '"gan"')):
-        (folder / train.CONFIG).write_text(broken)
+        (folder / runs.CONFIG).write_text(broken)
         assert "config.json is damaged or of another version" in resume(folder)
-    (folder / train.CONFIG).write_text(whole.replace("hidden", "width"))
+    (folder / runs.CONFIG).write_text(whole.replace("hidden", "width"))
     assert "options must be latent_dim, hidden" in resume(folder)
 
 
@@ -361,9 +360,9 @@ def test_sample_refuses(finished, tmp_path, capsys):
     assert "must exist; make it first" in refused(capsys, "sample", finished, "--out", nowhere)
     for wrong in (("--class", 3), ("--sampler", "ddim"), ("--steps", 5), ("--guidance", 2)):
         said = refused(capsys, "sample", finished, *wrong, *out)
-        assert "are for diffusion models" in said
+        assert f"{wrong[0]} cannot be asked of a vae" in said
     shutil.copytree(finished, tmp_path / "b")
-    (tmp_path / "b" / train.CHECKPOINT).unlink()
+    (tmp_path / "b" / runs.CHECKPOINT).unlink()
     assert "there is none yet, train first" in refused(capsys, "sample", tmp_path / "b", *out)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["b", "empty"]
 
@@ -373,4 +372,4 @@ def test_a_diverged_run_keeps_its_last_checkpoint(tmp_path, capsys):
     assert start(folder, "--lr", "1e30") == 1
     assert "the loss is" in (err := capsys.readouterr().err)
     assert "try a lower --lr" in err
-    assert not (folder / train.CHECKPOINT).exists()
+    assert not (folder / runs.CHECKPOINT).exists()

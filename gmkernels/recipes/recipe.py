@@ -1,4 +1,4 @@
-"""What the commands can train: a recipe a model, and the options that may be asked of it."""
+"""What the commands need to know of a model, and the options that may be asked of it."""
 
 import dataclasses
 import inspect
@@ -8,7 +8,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gmkernels.models import image_diffusion, image_flow, image_latent_diffusion, vae
+FLAGS = {
+    "label": "--class",
+    "text": "--text",
+    "sampler": "--sampler",
+    "steps": "--steps",
+    "guidance": "--guidance",
+}  # what sample() may be asked for, by its keyword
+LABEL = frozenset({"label"})
+GUIDED = LABEL | {"sampler", "steps", "guidance"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,24 +26,30 @@ class Recipe:
     Attributes:
         build: (pixels, levels, **options) -> the model; its keyword arguments are --option names.
             The model has loss(x, seed=), sample(n, seed=) and `takes`, "levels" or "unit".
-        nll: (model, x, key) -> [B] nats, -log p(x) or an upper bound of it.
-        labelled: loss() takes label= too, and sample() label=, unless the option classes is 0.
-        guided: sample() takes sampler=, steps= and guidance= too.
-        points: it models points of the plane as well as pictures; build is then given levels=0.
-        reads: sample() takes text= too, unless the option classes is 0.
+        score: (model, x, key) -> [B], the mean of which over the test part is printed.
+        measure: what score is; "nats" is -log p(x) or an upper bound of it.
+        kinds: of the data that it models; build is given levels=0 for points.
+        asks: keywords of sample() beyond n and seed, of FLAGS. With "label", loss() takes label=
+            too, unless the option classes is 0; then neither label nor text may be asked for.
         first: a part of the model that is trained alone, by its own loss(x, seed=), in the first
             `share` of the steps; then model.measure_scale(train images, seed=) ends that stage.
+        update: (model, optimizer, x, seed=, **conditions) -> loss, one update, in the place of
+            train.training_step: alternating players, averages of weights.
+        betas: of AdamW.
+        cosine: whether the learning rate goes down to 0; else it stays after the warm-up.
         defaults: settings of the run (steps, lr, ...) that suit this model better.
     """
 
     build: Callable[..., nn.Module]
-    nll: Callable[[Any, Tensor, Tensor], Tensor]
-    labelled: bool = False
-    guided: bool = False
-    points: bool = False
-    reads: bool = False
+    score: Callable[[Any, Tensor, Tensor], Tensor]
+    measure: str = "nats"
+    kinds: tuple[str, ...] = ("images",)
+    asks: frozenset[str] = frozenset()
     first: str | None = None
     share: float = 0.0
+    update: Callable[..., Tensor] | None = None
+    betas: tuple[float, float] = (0.9, 0.999)
+    cosine: bool = True
     defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def turn(self, steps: int) -> int:
@@ -48,50 +62,6 @@ class Recipe:
         if self.first is not None and step < turn:
             return getattr(model, self.first), 0, turn
         return model, turn, steps
-
-
-def _bound(model: Any, x: Tensor, key: Tensor) -> Tensor:
-    return model.vlb(x, seed=key).nats
-
-
-def _latent_bound(model: Any, x: Tensor, key: Tensor) -> Tensor:
-    """The VAE's own bound until there is a diffusion model of its latents."""
-    return -(model.log_prob if model.measured else model.vae.elbo)(x, seed=key)
-
-
-def _flow_nats(model: Any, x: Tensor, key: Tensor) -> Tensor:
-    return -model.log_prob(x, seed=key)
-
-
-def _flow(build: Callable[..., nn.Module], **defaults: Any) -> Recipe:
-    return Recipe(build, _flow_nats, labelled=True, points=True, defaults=_FLOW | defaults)
-
-
-_FLOW = {"lr": 2e-3, "steps": 800}
-_DIFFUSION = {"lr": 2e-3, "every": 1000, "weight_decay": 1e-3}
-RECIPES = {
-    "vae": Recipe(vae.image_vae, lambda model, x, key: -model.elbo(x, seed=key)),
-    "realnvp": _flow(image_flow.realnvp),
-    "glow": _flow(image_flow.glow),
-    "nsf": _flow(image_flow.nsf),
-    "maf": _flow(image_flow.maf, steps=600, weight_decay=0.3),
-    "diffusion": Recipe(
-        image_diffusion.image_diffusion, _bound, labelled=True, guided=True, defaults=_DIFFUSION
-    ),
-    "flow_matching": Recipe(
-        image_diffusion.image_flow_matching, _bound, labelled=True, guided=True, defaults=_DIFFUSION
-    ),
-    "latent_diffusion": Recipe(
-        image_latent_diffusion.image_latent_diffusion,
-        _latent_bound,
-        labelled=True,
-        guided=True,
-        reads=True,
-        first="vae",
-        share=0.25,
-        defaults=_DIFFUSION | {"steps": 2400, "every": 600},
-    ),
-}
 
 
 def option_defaults(build: Callable[..., Any]) -> dict[str, Any]:
@@ -120,26 +90,24 @@ def parse_options(build: Callable[..., Any], given: list[str]) -> dict[str, Any]
 
 
 def sample_options(
-    name: str, options: dict[str, Any], run: Path, asked: dict[str, Any]
+    name: str, recipe: Recipe, options: dict[str, Any], run: Path, asked: dict[str, Any]
 ) -> dict[str, Any]:
     """What was asked for, as the model's sample() takes it. Raises ValueError with what is wrong.
 
     Args:
         name: of the recipe. options: that the model was built with. run: its folder, for messages.
-        asked: sampler, steps, label, text and guidance; None for what was not.
+        asked: the keywords of FLAGS; None for what was not asked.
     """
     found = {key: value for key, value in asked.items() if value is not None}
-    recipe, classes, named = RECIPES[name], options.get("classes", 0), "label" in found
-    if found and not recipe.labelled:
-        raise ValueError(
-            f"--sampler, --steps, --class, --text and --guidance are for diffusion models; {run} "
-            f"holds a {name}"
+    strange = [FLAGS[key] for key in found if key not in recipe.asks]
+    if strange:
+        able = (
+            ", ".join(flag for key, flag in FLAGS.items() if key in recipe.asks) or "none of them"
         )
-    if found.keys() - {"label"} and not recipe.guided:
         raise ValueError(
-            f"--sampler, --steps, --text and --guidance are for diffusion models; {run} holds a "
-            f"{name}"
+            f"{', '.join(strange)} cannot be asked of a {name}, which {run} holds; it takes {able}"
         )
+    classes, named = options.get("classes", 0), "label" in found
     if named and not classes:
         raise ValueError(
             f"--class needs a model of classes, as -o classes=10 trains; {run} holds a {name} "
@@ -147,7 +115,7 @@ def sample_options(
         )
     if named and not 0 <= found["label"] < classes:
         raise ValueError(f"--class must lie in [0, {classes}), got {found['label']}")
-    if "text" in found and not (recipe.reads and classes):
+    if "text" in found and not classes:
         raise ValueError(f"--text is for models that read text; {run} holds a {name} without")
     if "text" in found and named:
         raise ValueError("--text and --class both say what to draw; leave one of them out")

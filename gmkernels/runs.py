@@ -1,0 +1,143 @@
+"""A run: its folder, its configuration, its model, and what the model draws.
+
+All randomness is a function of (config.seed, step): keys folded from the seed give the batches, the
+model's own noise, and the seed of torch's generator (dropout), set anew at each step. A run folder
+holds config.json, metrics.csv, checkpoint.safetensors and samples.png, each written atomically.
+"""
+
+import dataclasses
+import json
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gmkernels import checkpoint, data, noise, pictures
+from gmkernels.recipes import RECIPES, Recipe, option_defaults
+
+CONFIG, METRICS, CHECKPOINT, SAMPLES = (
+    "config.json",
+    "metrics.csv",
+    "checkpoint.safetensors",
+    "samples.png",
+)
+BATCHES, STEPS, TEST, INIT, DRAWN = range(5)  # what the seed is folded with
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All that determines a run's bits on one machine; stored as config.json."""
+
+    model: str
+    data: str
+    options: dict[str, Any]
+    height: int
+    width: int
+    levels: int
+    steps: int
+    batch_size: int
+    lr: float
+    weight_decay: float
+    seed: int
+    every: int
+    threads: int
+    device: str
+
+    @property
+    def recipe(self) -> Recipe:
+        """Of the model."""
+        return RECIPES[self.model]
+
+
+def read_config(run: Path) -> Config:
+    """The configuration of a run folder. Raises ValueError with what is wrong."""
+    path = run / CONFIG
+    if not path.is_file():
+        raise ValueError(f"{run} must be the folder of a run, with {CONFIG}; there is none")
+    try:
+        config = Config(**json.loads(path.read_text()))
+        known = option_defaults(config.recipe.build)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or of another version ({error})") from error
+    if config.options.keys() != known.keys():
+        raise ValueError(
+            f"{path} is of another version: options must be {', '.join(known)}, "
+            f"got {', '.join(config.options)}"
+        )
+    return config
+
+
+def build(config: Config) -> Any:
+    """The model at its initial weights, on the run's device."""
+    with own_generator(config):
+        torch.manual_seed(int(fold(config, INIT)[0]))
+        pixels = config.height * config.width
+        model = config.recipe.build(pixels, config.levels, **config.options)
+    return model.to(config.device)
+
+
+def load(run: Path) -> tuple[Config, Any]:
+    """Configuration and trained model of a run, on the CPU, in eval mode."""
+    config = read_config(run)
+    if not (run / CHECKPOINT).is_file():
+        raise ValueError(f"{run} must hold {CHECKPOINT}; there is none yet, train first")
+    model = build(dataclasses.replace(config, device="cpu"))
+    header = checkpoint.restore(run / CHECKPOINT, model)
+    turn = config.recipe.turn(config.steps)
+    if header["step"] <= turn:
+        raise ValueError(
+            f"{run} is at step {header['step']}, and what samples is trained from step {turn} on; "
+            "go on with train --resume"
+        )
+    return config, model.eval()
+
+
+@torch.no_grad()
+def sample(config: Config, model: Any, n: int, seed: noise.Seed, **options: Any) -> Tensor:
+    """n samples of a model in eval mode as pictures, [n, height, width] in [0, 1], on the CPU.
+
+    Of a model of points, [n, 2].
+    options: of the model's sample(): label, guidance, sampler, steps.
+    """
+    x = model.sample(n, seed=seed, **options).float()
+    if not config.levels:
+        return x.cpu()
+    if model.takes == "levels":
+        x = x / (config.levels - 1)
+    return x.clamp(0, 1).view(n, config.height, config.width).cpu()
+
+
+def save_samples(path: Path, config: Config, model: Any, x: Tensor, **options: Any) -> None:
+    """Writes what sample() gave as a PNG: a grid of pictures, or points over their density.
+
+    options: as in sample().
+    """
+    if config.levels:
+        pictures.save_grid(path, x)
+        return
+    label = options.get("label")
+
+    @torch.no_grad()
+    def log_prob(points: Tensor) -> Tensor:
+        labels = None if label is None else torch.full((len(points),), label)
+        return model.log_prob(points.to(config.device), labels).cpu()
+
+    pictures.save_density(path, x, log_prob)
+
+
+def own_generator(config: Config) -> AbstractContextManager[None]:
+    """Gives torch's generators back as they were. devices= spares a warning with many GPUs."""
+    return torch.random.fork_rng(devices=[0] if config.device == "cuda" else [])
+
+
+def fold(config: Config, use: int) -> Tensor:
+    """The key of one use of the run's seed: BATCHES, STEPS, TEST, INIT or DRAWN."""
+    return noise.fold_in(noise.key(config.seed), use)
+
+
+def model_input(config: Config, model: Any, images: data.Images | data.Points, x: Tensor) -> Tensor:
+    """Rows x of the data as the model takes them, on the run's device."""
+    x = x.to(config.device)
+    return x.long() if model.takes == "levels" else images.unit(x)
