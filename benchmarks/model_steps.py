@@ -27,7 +27,7 @@ class ModelStep:
     """One model's training step, or a sample: how to build the model, and a batch for it.
 
     samples: what sample() is given, where that is timed; it is not compiled, its loop being 50
-    networks long.
+    networks long. headline: whether `make bench` has it, one a paradigm.
     """
 
     name: str
@@ -35,6 +35,7 @@ class ModelStep:
     model: Callable[[], torch.nn.Module]
     batch: Callable[[], Tensor]
     samples: dict[str, Any] | None = None
+    headline: bool = False
 
     @property
     def kind(self) -> str:
@@ -51,8 +52,8 @@ def _digits_diffusion() -> torch.nn.Module:
 
 
 MODEL_STEPS = (
-    ModelStep("VAE", "digits, batch of 100", vae.digits_vae, _digits),
-    ModelStep("diffusion U-Net", "digits, batch of 100", _digits_diffusion, _digits),
+    ModelStep("VAE", "digits, batch of 100", vae.digits_vae, _digits, headline=True),
+    ModelStep("diffusion U-Net", "digits, batch of 100", _digits_diffusion, _digits, headline=True),
     ModelStep(
         "diffusion U-Net",
         "digits, 64 by 50 DDIM steps",
