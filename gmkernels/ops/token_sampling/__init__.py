@@ -133,8 +133,7 @@ def next_token(
     if not isinstance(position, Tensor):
         position = torch.full(logits.shape[:1], position, dtype=torch.int64, device=logits.device)
     logits = checks.in_rows(logits.detach())
-    if name == "reference":
-        draw = torch.ops.gmkernels_reference.next_token.default
-    else:
+    draw: Any = torch.ops.gmkernels_reference.next_token.default
+    if name != "reference":
         draw = dispatch.kernel(op, name).forward
     return draw(logits, key, position.contiguous(), degrees, k, share)
