@@ -7,6 +7,7 @@ from gmkernels.dispatch import explain, reuse_memory, use_backend, use_isa
 from gmkernels.noise import normal, uniform
 from gmkernels.ops.attention import attention_logsumexp, causal_attention, full_attention
 from gmkernels.ops.coupling import affine_coupling, affine_coupling_inverse
+from gmkernels.ops.decode import decode_attention
 from gmkernels.ops.diffusion_noise import add_noise, add_noise_with_target, denoising_loss
 from gmkernels.ops.diffusion_step import (
     ddim_step,
@@ -58,6 +59,7 @@ __all__ = [
     "causal_attention",
     "ddim_step",
     "ddpm_step",
+    "decode_attention",
     "denoising_loss",
     "dequantize",
     "dpmpp_2m_step",

@@ -3,7 +3,6 @@
 Saved for backward: q, k, v, o and the log-sum-exp. Probabilities are made again.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -12,10 +11,9 @@ from torch import Tensor
 from gmkernels import checks, dispatch
 from gmkernels.autograd import DifferentiableOp
 from gmkernels.ops.attention import reference
+from gmkernels.ops.attention.options import MAX_WIDTH, scale_of, softcap_of, window_of
 
 __all__ = ["attention_logsumexp", "causal_attention", "full_attention"]
-
-MAX_WIDTH = 256
 
 dispatch.load_family(__name__, ("attention",))
 _attention = DifferentiableOp(
@@ -48,35 +46,6 @@ def _check_heads(op: str, q: Any, k: Any, v: Tensor | None) -> None:
         )
     if v is not None and v.shape != k.shape:
         raise ValueError(f"{op}: v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
-
-
-def _scale(op: str, scale: float | None, width: int) -> float:
-    if scale is None:
-        return 1.0 / math.sqrt(width)
-    if isinstance(scale, Tensor) or not math.isfinite(scale):
-        raise ValueError(f"{op}: scale must be a finite number, got {scale!r}")
-    return float(scale)
-
-
-def _softcap(op: str, softcap: float | None) -> float:
-    if softcap is None:
-        return 0.0
-    if isinstance(softcap, Tensor) or not 0 < softcap < math.inf:
-        raise ValueError(f"{op}: softcap must be positive, or None for no cap, got {softcap!r}")
-    return float(softcap)
-
-
-def _window(op: str, window: int | None, causal: bool) -> int:
-    if window is None:
-        return 0
-    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-        raise ValueError(
-            f"{op}: window must be a whole number >= 1, the keys that a query sees with its own, "
-            f"or None for all, got {window!r}"
-        )
-    if not causal:
-        raise ValueError(f"{op}: a window looks back, so it needs causal=True")
-    return window
 
 
 def _check_key_mask(op: str, key_mask: Any, k: Tensor) -> None:
@@ -130,8 +99,10 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     """o in q's dtype, empty without v, and lse."""
     _check_heads(op, q, k, v)
-    factor, cap = _scale(op, scale, q.shape[3]), _softcap(op, softcap)
-    span = _window(op, window, causal)
+    factor, cap = scale_of(op, scale, q.shape[3]), softcap_of(op, softcap)
+    span = window_of(op, window)
+    if span and not causal:
+        raise ValueError(f"{op}: a window looks back, so it needs causal=True")
     if key_mask is not None:
         _check_key_mask(op, key_mask, k)
     if cu_seqlens is not None:

@@ -84,6 +84,19 @@ def visible(
     return seen if key_mask is None else seen & key_mask[:, None, None]
 
 
+def softmax_over(s: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """p like s and lse without its last dimension: of the scores of the keys that are seen."""
+    s = s.masked_fill(~seen, float("-inf"))
+    top = s.detach().amax(-1, keepdim=True) if s.shape[-1] else s.new_zeros((*s.shape[:-1], 1))
+    top = torch.where(top == float("-inf"), 0.0, top)
+    e = torch.exp(s - top)
+    total = e.sum(-1, keepdim=True)
+    none = total == 0
+    total = torch.where(none, 1.0, total)
+    lse = torch.where(none, float("-inf"), top + torch.log(total)).squeeze(-1)
+    return e / total, lse
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -102,15 +115,8 @@ def attention(
     if softcap > 0:
         s = softcap * torch.tanh(s / softcap)
     seen = visible(q.shape[2], k.shape[2], key_mask, cu_seqlens, causal, window, q.device)
-    s = s.masked_fill(~seen, float("-inf"))
-    top = s.detach().amax(-1, keepdim=True) if s.shape[-1] else s.new_zeros((*s.shape[:-1], 1))
-    top = torch.where(top == float("-inf"), 0.0, top)
-    e = torch.exp(s - top)
-    total = e.sum(-1, keepdim=True)
-    none = total == 0
-    total = torch.where(none, 1.0, total)
-    lse = torch.where(none, float("-inf"), top + torch.log(total)).squeeze(-1)
+    p, lse = softmax_over(s, seen)
     if v is None:
         return q.new_empty(0), lse
-    o = (e / total) @ v.to(dtype).repeat_interleave(group, 1)
+    o = p @ v.to(dtype).repeat_interleave(group, 1)
     return o.to(q.dtype), lse

@@ -1,0 +1,3 @@
+"""No C++ kernel yet."""
+
+DEVICES: dict[str, tuple[str, ...]] = {}

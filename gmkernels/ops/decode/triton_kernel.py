@@ -1,0 +1,3 @@
+"""No Triton kernel yet."""
+
+DEVICES: dict[str, tuple[str, ...]] = {}
