@@ -30,12 +30,14 @@ from gmkernels.ops.elementwise import (
 )
 from gmkernels.ops.gaussian import gaussian_kl, gaussian_kl_per_dim, reparameterize_kl
 from gmkernels.ops.likelihood import bernoulli_nll, categorical_nll, gaussian_nll
+from gmkernels.ops.rotary import rms_norm, rotary_embedding, rotary_table
 from gmkernels.ops.spline import (
     spline_coupling,
     spline_coupling_inverse,
     spline_transform,
     spline_transform_inverse,
 )
+from gmkernels.ops.token_sampling import next_token
 from gmkernels.sampler import Sampler
 from gmkernels.schedule import Schedule
 from gmkernels.split import Split
@@ -76,10 +78,14 @@ __all__ = [
     "leaky_inverse",
     "logit",
     "logit_inverse",
+    "next_token",
     "noise",
     "normal",
     "reparameterize_kl",
     "reuse_memory",
+    "rms_norm",
+    "rotary_embedding",
+    "rotary_table",
     "spline_coupling",
     "spline_coupling_inverse",
     "spline_transform",

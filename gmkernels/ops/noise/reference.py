@@ -87,11 +87,19 @@ def uniform_from(words: Tensor) -> Tensor:
 
 
 def minus_two_ln(u: Tensor) -> Tensor:
-    """-2 ln u for float32 u in (0, 1]; u = 2^e (1 + f)."""
+    """-2 ln u for positive normal float32 u."""
+    return minus_two_ln_of(*binary_parts(u))
+
+
+def binary_parts(u: Tensor) -> tuple[Tensor, Tensor]:
+    """k and f with u = 2^k (1 + f), f in [sqrt(1/2) - 1, sqrt(2) - 1], for positive normal u."""
     i = u.view(torch.int32)
     e = (i - 0x3F3504F3) >> 23
-    f = (i - e * 0x800000).view(torch.float32) - 1.0
-    k = e.to(torch.float32)
+    return e.to(torch.float32), (i - e * 0x800000).view(torch.float32) - 1.0
+
+
+def minus_two_ln_of(k: Tensor, f: Tensor) -> Tensor:
+    """-2 ln of 2^k (1 + f)."""
     p = f * (-2 * _LN[0]) + -2 * _LN[1]
     for coefficient in _LN[2:]:
         p = p * f + -2 * coefficient
