@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -15,13 +16,13 @@ from gmkernels.arguments import DEFAULTS
 from gmkernels.recipes import FLAGS, RECIPES, parse_options, sample_options
 
 
-def _threads(images: data.Images | data.Points, batch_size: int) -> int:
+def _threads(images: data.Data, batch_size: int) -> int:
     """One for batches as small as the digits', where waking a second costs more than it does."""
     small = batch_size * images.height * images.width * images.levels < 1 << 20
-    return 1 if small else torch.get_num_threads()
+    return 1 if small and images.kind != "text" else torch.get_num_threads()
 
 
-def _new_config(args: argparse.Namespace) -> tuple[runs.Config, data.Images | data.Points]:
+def _new_config(args: argparse.Namespace) -> tuple[runs.Config, data.Data]:
     chosen = {name: getattr(args, name) for name in DEFAULTS if getattr(args, name) is not None}
     settings = DEFAULTS | RECIPES[args.model].defaults | chosen
     options = parse_options(RECIPES[args.model].build, args.option)
@@ -44,13 +45,19 @@ def _new_config(args: argparse.Namespace) -> tuple[runs.Config, data.Images | da
         height=images.height,
         width=images.width,
         levels=images.levels,
+        vocabulary=images.vocab,
         threads=args.threads or _threads(images, settings["batch_size"]),
         **settings,
     )
-    return config, images
+    return config, _cut(images, config)
 
 
-def _old_config(args: argparse.Namespace) -> tuple[runs.Config, data.Images | data.Points]:
+def _cut(images: data.Data, config: runs.Config) -> data.Data:
+    """A text in pieces of the model's context."""
+    return images.cut(config.options["context"]) if isinstance(images, data.Text) else images
+
+
+def _old_config(args: argparse.Namespace) -> tuple[runs.Config, data.Data]:
     if not (args.out / runs.CONFIG).is_file():
         raise ValueError(
             f"--resume: there is no run in {args.out}; leave --resume out to start one"
@@ -72,21 +79,23 @@ def _old_config(args: argparse.Namespace) -> tuple[runs.Config, data.Images | da
     found = (images.height, images.width, images.levels)
     if found != (config.height, config.width, config.levels):
         raise ValueError(f"--resume: the images of {config.data} have changed to {found}")
-    return config, images
+    if images.vocab != config.vocabulary:
+        raise ValueError(f"--resume: {config.data} has changed to the characters {images.vocab!r}")
+    return config, _cut(images, config)
 
 
 def prepare_train(args: argparse.Namespace) -> Callable[[], None]:
     """Checks everything that can be wrong, then makes the folder; returns what is left to do."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("samples.png needs matplotlib; pip install matplotlib")
     if not args.resume and args.out.exists() and (args.out.is_file() or any(args.out.iterdir())):
         raise ValueError(
             f"--out {args.out} must be new or empty; choose another, or --resume its run"
         )
     config, images = _old_config(args) if args.resume else _new_config(args)
+    if config.samples.endswith(".png") and importlib.util.find_spec("matplotlib") is None:
+        raise ImportError(f"{config.samples} needs matplotlib; pip install matplotlib")
     if config.batch_size > len(images.train):
         raise ValueError(
-            f"--batch-size must be at most the {len(images.train)} train images, "
+            f"--batch-size must be at most the {len(images.train)} train {images.one}s, "
             f"got {config.batch_size}"
         )
     if config.steps <= (turn := config.recipe.turn(config.steps)):
@@ -107,10 +116,10 @@ def prepare_train(args: argparse.Namespace) -> Callable[[], None]:
         score = train.fit(args.out, config, model, images)
         seconds, measure = time.perf_counter() - start, config.recipe.measure
         what = f"{measure} (-log p(x) or its bound)" if measure == "nats" else measure
-        one = images.kind.removesuffix("s")
         print(
-            f"{args.out}: {config.steps} steps, {seconds:.1f} s; mean of the {len(images.test)} "
-            f"test {images.kind}: {score:.{2 if config.levels else 4}f} {what} per {one}"
+            f"{args.out}: {config.steps} steps, {seconds:.1f} s; mean of the {images.test_size} "
+            f"test {images.one}s: {score:.{2 if images.kind == 'images' else 4}f} {what} per "
+            f"{images.one}"
         )
 
     return work
@@ -118,14 +127,20 @@ def prepare_train(args: argparse.Namespace) -> Callable[[], None]:
 
 def prepare_sample(args: argparse.Namespace) -> Callable[[], None]:
     """Loads the run and checks the target; returns what is left to do."""
-    if args.out.suffix != ".png":
-        raise ValueError(f"--out must be a .png file, got {args.out}")
-    if not args.out.parent.is_dir():
+    suffix = Path(runs.read_config(args.run).samples).suffix
+    if args.out is None and suffix == ".png":
+        raise ValueError("--out must be a .png file, there is none")
+    if args.out is not None and args.out.suffix != suffix:
+        raise ValueError(f"--out must be a {suffix} file, got {args.out}")
+    if args.out is not None and not args.out.parent.is_dir():
         raise ValueError(f"--out: the folder {args.out.parent} must exist; make it first")
     config, model = runs.load(args.run)
     asked = {name: getattr(args, name) for name in FLAGS}
     options = sample_options(config.model, config.recipe, config.options, args.run, asked)
-    x = runs.sample(config, model, args.n, args.seed, **options)
+    n = args.n or (1 if config.vocabulary else 64)
+    x = runs.sample(config, model, n, args.seed, **options)
+    if args.out is None:
+        return lambda: print(runs.written(config, x), end="")
     return lambda: runs.save_samples(args.out, config, model, x, **options)
 
 

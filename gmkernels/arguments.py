@@ -69,7 +69,8 @@ def parser(train: Prepare, sample: Prepare) -> Parser:
     fit.add_argument("--out", type=Path, required=True, help="folder of the run")
     fit.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     fit.add_argument(
-        "--data", help="digits (the default), moons, idx:FOLDER, or a folder of IDX files"
+        "--data",
+        help="digits (the default), moons, text:FILE, idx:FOLDER, or a folder of IDX files",
     )
     arguments = "; ".join(
         f"{name}: " + ", ".join(f"{k}={v}" for k, v in option_defaults(recipe.build).items())
@@ -85,7 +86,7 @@ def parser(train: Prepare, sample: Prepare) -> Parser:
     )
     for name, kind, text in (
         ("steps", _count, "updates in all"),
-        ("batch-size", _count, "images an update"),
+        ("batch-size", _count, "images, points or pieces of text an update"),
         ("lr", _number, "highest learning rate, after a warm-up and before a cosine"),
         ("weight-decay", _number, "of AdamW"),
         ("seed", _seed, "of everything random"),
@@ -97,15 +98,20 @@ def parser(train: Prepare, sample: Prepare) -> Parser:
         fit.add_argument(f"--{name}", type=kind, help=text)
     fit.add_argument("--device", choices=("cpu", "cuda"))
 
-    draw = commands.add_parser("sample", help="draw pictures from a trained model")
+    draw = commands.add_parser("sample", help="draw pictures or text from a trained model")
     draw.set_defaults(prepare=sample)
     draw.add_argument("run", type=Path, help="folder of the run")
-    draw.add_argument("--n", type=_count, default=64, help="how many")
+    draw.add_argument("--n", type=_count, help="how many (default 64, of texts 1)")
     draw.add_argument("--seed", type=_seed, default=0)
     draw.add_argument("--sampler", choices=sorted(sampling.STEPS), help="of a diffusion model")
     draw.add_argument("--steps", type=_count, help="of the sampler (default 50)")
     draw.add_argument(FLAGS["label"], dest="label", type=int, metavar="CLASS", help="what to draw")
     draw.add_argument("--text", help="what to draw, in words, by a model that reads them")
     draw.add_argument("--guidance", type=_number, help="weight of class or text (default 1)")
-    draw.add_argument("--out", type=Path, required=True, help="a .png file")
+    draw.add_argument("--prompt", help="how a text begins (default a new line)")
+    draw.add_argument("--tokens", type=_count, help="to write after the prompt (default 500)")
+    draw.add_argument("--temperature", type=_number, help="of a text, 0 is the likeliest")
+    draw.add_argument("--top-k", type=_count, help="only the likeliest tokens, this many")
+    draw.add_argument("--top-p", type=_number, help="only the likeliest, of this mass in all")
+    draw.add_argument("--out", type=Path, help="a .png file; of texts a .txt, or none to print")
     return parser

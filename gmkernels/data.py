@@ -1,5 +1,8 @@
 """Real input: digits, two moons, IDX files, text; and batches that depend on (seed, step) alone.
 
+What load() gives has kind and one ("images", "image"), batch() of the train part, test_batches()
+and test_size of the test part, and height, width, levels and vocab, which a run's config keeps.
+
 Nothing is downloaded. Files that are missing, truncated or of another kind raise ValueError or
 FileNotFoundError, which say what must hold, what came and what to do.
 """
@@ -8,6 +11,7 @@ import functools
 import gzip
 import math
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gmkernels import noise
+from gmkernels import noise, text_data
+from gmkernels.text_data import Text
 
 
 class _Rows:
     """Examples that are rows of `train` and `test`, with labels or without."""
 
+    vocab = ""
     train: Tensor
     test: Tensor
     train_labels: Tensor | None
@@ -30,6 +36,16 @@ class _Rows:
         index = batch_indices(len(self.train), size, seed=seed, step=step)
         labels = None if self.train_labels is None else self.train_labels[index]
         return self.train[index], labels
+
+    @property
+    def test_size(self) -> int:
+        """Rows to test on."""
+        return len(self.test)
+
+    def test_batches(self) -> Iterator[tuple[int, Tensor]]:
+        """Where each batch of the test part begins, and its rows."""
+        for start in range(0, len(self.test), 500):
+            yield start, self.test[start : start + 500]
 
 
 @dataclass(frozen=True)
@@ -44,7 +60,7 @@ class Images(_Rows):
         levels: number of grey levels.
     """
 
-    kind = "images"
+    kind, one = "images", "image"
     name: str
     train: Tensor
     test: Tensor
@@ -69,7 +85,7 @@ class Points(_Rows):
         train_labels, test_labels: int64 [N].
     """
 
-    kind = "points"
+    kind, one = "points", "point"
     name: str
     train: Tensor
     test: Tensor
@@ -200,64 +216,24 @@ def idx(folder: str | Path) -> Images:
     return Images(str(folder), x.flatten(1), x_test.flatten(1), y, y_test, height, width, 256)
 
 
-def load(source: str) -> Images | Points:
-    """Data by name, as on the command line: "digits", "moons", "idx:FOLDER", or a folder of IDX
-    files."""
+Data = Images | Points | Text
+
+
+def load(source: str) -> Data:
+    """Data by name, as on the command line: "digits", "moons", "text:FILE", "idx:FOLDER", or a
+    folder of IDX files."""
     if source in ("digits", "moons"):
         return digits() if source == "digits" else moons()
+    if source.startswith("text:"):
+        return text_data.read(source.removeprefix("text:"))
     if source.startswith("idx:"):
         return idx(source.removeprefix("idx:"))
     if Path(source).is_dir():
         return idx(source)
     raise ValueError(
-        f"data must be digits, moons, idx:FOLDER or a folder of IDX files, got {source!r}; "
-        "there is no such folder"
+        f"data must be digits, moons, text:FILE, idx:FOLDER or a folder of IDX files, got "
+        f"{source!r}; there is no such folder"
     )
-
-
-@dataclass(frozen=True)
-class Text:
-    """Characters as ids: vocab is the sorted characters, train and test are int64 ids in order."""
-
-    vocab: str
-    train: Tensor
-    test: Tensor
-
-    def encode(self, string: str) -> Tensor:
-        """Ids of a string, int64 [len]. Raises ValueError for one outside the vocabulary."""
-        index = {c: i for i, c in enumerate(self.vocab)}
-        strange = sorted(set(string) - index.keys())
-        if strange:
-            raise ValueError(f"encode: characters must be in the vocabulary, got {strange}")
-        return torch.tensor([index[c] for c in string], dtype=torch.int64)
-
-    def decode(self, ids: Tensor) -> str:
-        """The string of ids [len]."""
-        return "".join(self.vocab[i] for i in ids.tolist())
-
-
-def text(path: str | Path, *, test_share: float = 0.1) -> Text:
-    """A UTF-8 file as character ids; the last `test_share` of it is the test part.
-
-    Raises ValueError for a file that is not UTF-8 or too short to split, OSError for a missing one.
-    """
-    try:
-        string = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"text: {path} must be UTF-8, byte {error.start} is not; convert it"
-        ) from error
-    split = len(string) - round(len(string) * test_share)
-    if not 0 < split < len(string):
-        raise ValueError(
-            f"text: {path} must leave characters for train and test, got {len(string)} at "
-            f"test_share={test_share}"
-        )
-    vocab = "".join(sorted(set(string)))
-    codes = np.frombuffer(string.encode("utf-32-le"), np.uint32)
-    known = np.frombuffer(vocab.encode("utf-32-le"), np.uint32)
-    ids = torch.from_numpy(np.searchsorted(known, codes)).to(torch.int64)
-    return Text(vocab, ids[:split], ids[split:])
 
 
 @functools.lru_cache(maxsize=4)
@@ -287,17 +263,3 @@ def batch_indices(n: int, batch_size: int, *, seed: int | Tensor, step: int) -> 
     epoch, place = divmod(step, n // batch_size)
     key_seed, key_offset = noise.key(seed).tolist()
     return _epoch_order(n, key_seed, key_offset, epoch)[place * batch_size :][:batch_size]
-
-
-def windows(ids: Tensor, length: int, batch_size: int, *, seed: int | Tensor, step: int) -> Tensor:
-    """Batch `step` of pieces of a long sequence, at uniform places; pure, as batch_indices().
-
-    Args: ids: [N]. length: of a piece, in [1, N]. Others as in batch_indices().
-    Returns: [batch_size, length], of ids' dtype.
-    """
-    places = ids.numel() - length + 1
-    if length < 1 or places < 1:
-        raise ValueError(f"windows: length must lie in [1, {ids.numel()}], got {length}")
-    u = noise.uniform((batch_size, 1), seed=noise.fold_in(noise.key(seed), step), device="cpu")
-    start = (u.double() * places).ceil().long() - 1  # u is in (0, 1]
-    return ids[start + torch.arange(length)]

@@ -2,7 +2,8 @@
 
 All randomness is a function of (config.seed, step): keys folded from the seed give the batches, the
 model's own noise, and the seed of torch's generator (dropout), set anew at each step. A run folder
-holds config.json, metrics.csv, checkpoint.safetensors and samples.png, each written atomically.
+holds config.json, metrics.csv, checkpoint.safetensors and samples.png (of text samples.txt), each
+written atomically.
 """
 
 import dataclasses
@@ -14,14 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmkernels import checkpoint, data, noise, pictures
+from gmkernels import checkpoint, data, noise, pictures, text_data
 from gmkernels.recipes import RECIPES, Recipe, option_defaults
 
-CONFIG, METRICS, CHECKPOINT, SAMPLES = (
+CONFIG, METRICS, CHECKPOINT, SAMPLES, TEXTS = (
     "config.json",
     "metrics.csv",
     "checkpoint.safetensors",
     "samples.png",
+    "samples.txt",
 )
 BATCHES, STEPS, TEST, INIT, DRAWN = range(5)  # what the seed is folded with
 
@@ -44,11 +46,24 @@ class Config:
     every: int
     threads: int
     device: str
+    vocabulary: str = ""  # the characters of a text
 
     @property
     def recipe(self) -> Recipe:
         """Of the model."""
         return RECIPES[self.model]
+
+    @property
+    def samples(self) -> str:
+        """The file of samples that a run ends with."""
+        return TEXTS if self.vocabulary else SAMPLES
+
+    @property
+    def draws(self) -> int:
+        """How many samples that file holds: pictures, points or texts."""
+        if self.vocabulary:
+            return 4
+        return 64 if self.levels else 1000
 
 
 def read_config(run: Path) -> Config:
@@ -98,9 +113,15 @@ def load(run: Path) -> tuple[Config, Any]:
 def sample(config: Config, model: Any, n: int, seed: noise.Seed, **options: Any) -> Tensor:
     """n samples of a model in eval mode as pictures, [n, height, width] in [0, 1], on the CPU.
 
-    Of a model of points, [n, 2].
-    options: of the model's sample(): label, guidance, sampler, steps.
+    Of a model of points, [n, 2]; of text, ids [n, T], which begin with the prompt.
+    options: of the model's sample(): label, guidance, sampler, steps; of text prompt, a string (a
+        new line, where the vocabulary has it), tokens (500), temperature, top_k, top_p.
     """
+    if config.vocabulary:
+        begin = "\n" if "\n" in config.vocabulary else config.vocabulary[0]
+        prompt = text_data.encode(config.vocabulary, options.pop("prompt", begin))
+        options = {"tokens": 500} | options
+        return model.sample(n, seed=seed, prompt=prompt, **options).cpu()
     x = model.sample(n, seed=seed, **options).float()
     if not config.levels:
         return x.cpu()
@@ -112,8 +133,11 @@ def sample(config: Config, model: Any, n: int, seed: noise.Seed, **options: Any)
 def save_samples(path: Path, config: Config, model: Any, x: Tensor, **options: Any) -> None:
     """Writes what sample() gave as a PNG: a grid of pictures, or points over their density.
 
-    options: as in sample().
+    Of text, as text. options: as in sample().
     """
+    if config.vocabulary:
+        checkpoint.write_atomically(path, written(config, x).encode())
+        return
     if config.levels:
         pictures.save_grid(path, x)
         return
@@ -127,6 +151,12 @@ def save_samples(path: Path, config: Config, model: Any, x: Tensor, **options: A
     pictures.save_density(path, x, log_prob)
 
 
+def written(config: Config, ids: Tensor) -> str:
+    """Texts of ids [n, T], each with a line end after it, a line of dashes between two."""
+    texts = [text_data.decode(config.vocabulary, row) + "\n" for row in ids]
+    return f"{'-' * 40}\n".join(texts)
+
+
 def own_generator(config: Config) -> AbstractContextManager[None]:
     """Gives torch's generators back as they were. devices= spares a warning with many GPUs."""
     return torch.random.fork_rng(devices=[0] if config.device == "cuda" else [])
@@ -137,7 +167,9 @@ def fold(config: Config, use: int) -> Tensor:
     return noise.fold_in(noise.key(config.seed), use)
 
 
-def model_input(config: Config, model: Any, images: data.Images | data.Points, x: Tensor) -> Tensor:
+def model_input(config: Config, model: Any, images: data.Data, x: Tensor) -> Tensor:
     """Rows x of the data as the model takes them, on the run's device."""
     x = x.to(config.device)
-    return x.long() if model.takes == "levels" else images.unit(x)
+    if model.takes == "levels" or isinstance(images, data.Text):
+        return x.long()
+    return images.unit(x)

@@ -44,22 +44,24 @@ def training_step(
 
 
 @torch.no_grad()
-def test_score(config: runs.Config, model: Any, images: data.Images | data.Points) -> float:
+def test_score(config: runs.Config, model: Any, images: data.Data) -> float:
     """Mean over the test part of the recipe's score, with the same noise at each call.
+
+    Of text, over its characters: all that follow another.
 
     Leaves the model in eval mode.
     """
     key = runs.fold(config, runs.TEST)
     model.eval()
     total = 0.0
-    for start in range(0, len(images.test), 500):
-        x = runs.model_input(config, model, images, images.test[start : start + 500])
+    for start, x in images.test_batches():
+        x = runs.model_input(config, model, images, x)
         rows = config.recipe.score(model, x, noise.key(key, offset=start))
         total += float(rows.double().sum())
-    return total / len(images.test)
+    return total / images.test_size
 
 
-def fit(run: Path, config: runs.Config, model: Any, images: data.Images | data.Points) -> float:
+def fit(run: Path, config: runs.Config, model: Any, images: data.Data) -> float:
     """Trains from the run's checkpoint, or from the start, to config.steps; returns the test score.
 
     A recipe of two stages trains a part of the model first, then the rest with what that part has
@@ -113,11 +115,10 @@ def fit(run: Path, config: runs.Config, model: Any, images: data.Images | data.P
                 header = {"step": done, "metrics": rows}
                 checkpoint.save(run / runs.CHECKPOINT, model, optimizer, header)
                 _write_metrics(run, recipe.measure, rows)
-                bar.set_postfix(loss=f"{loss:.2f}", test=f"{score:.2f}")
+                bar.set_postfix(loss=f"{loss:.4g}", test=f"{score:.4g}")
                 total.zero_()
-    n = 64 if config.levels else 1000
-    x = runs.sample(config, model.eval(), n, runs.fold(config, runs.DRAWN))
-    runs.save_samples(run / runs.SAMPLES, config, model, x)
+    x = runs.sample(config, model.eval(), config.draws, runs.fold(config, runs.DRAWN))
+    runs.save_samples(run / config.samples, config, model, x)
     return rows[-1][2]
 
 

@@ -7,7 +7,7 @@ import struct
 import pytest
 import torch
 
-from gmkernels import data, noise, toys
+from gmkernels import data, noise, text_data, toys
 
 
 def idx_bytes(x, kind=8):
@@ -95,7 +95,9 @@ def test_missing_sources(tmp_path):
         data.load(f"idx:{tmp_path / 'none'}")
     with pytest.raises(FileNotFoundError, match="must hold train-images-idx3-ubyte"):
         data.load(str(tmp_path))
-    with pytest.raises(ValueError, match="must be digits, moons, idx:FOLDER or a folder"):
+    with pytest.raises(
+        ValueError, match="must be digits, moons, text:FILE, idx:FOLDER or a folder"
+    ):
         data.load("cifar")
 
 
@@ -103,13 +105,13 @@ def test_text_round_trip(tmp_path):
     path = tmp_path / "a.txt"
     string = "the cat sät 𝄞\n" * 20
     path.write_text(string, encoding="utf-8")
-    found = data.text(path)
+    found = data.load(f"text:{path}")
     assert found.vocab == "".join(sorted(set(string)))
-    assert found.decode(torch.cat([found.train, found.test])) == string
+    assert text_data.decode(found.vocab, torch.cat([found.train, found.test])) == string
     assert len(found.test) == round(len(string) * 0.1)
-    assert torch.equal(found.encode("cat"), found.train[4:7])
+    assert torch.equal(text_data.encode(found.vocab, "cat"), found.train[4:7])
     with pytest.raises(ValueError, match=r"must be in the vocabulary, got \['!', '\?'\]"):
-        found.encode("cat?!")
+        text_data.encode(found.vocab, "cat?!")
 
 
 @pytest.mark.parametrize(
@@ -120,7 +122,7 @@ def test_text_refuses(tmp_path, raw, message):
     path = tmp_path / "a.txt"
     path.write_bytes(raw)
     with pytest.raises(ValueError, match=message):
-        data.text(path)
+        data.load(f"text:{path}")
 
 
 @pytest.mark.parametrize(("n", "size"), [(10, 3), (12, 4), (7, 7), (1, 1)])
@@ -158,15 +160,15 @@ def test_batches_refuse(size):
 
 def test_windows():
     ids = torch.arange(9)
-    starts = torch.cat([data.windows(ids, 4, 50, seed=0, step=s)[:, 0] for s in range(4)])
+    starts = torch.cat([text_data.windows(ids, 4, 50, seed=0, step=s)[:, 0] for s in range(4)])
     assert set(starts.tolist()) == set(range(6))
-    x = data.windows(ids, 4, 5, seed=1, step=2)
+    x = text_data.windows(ids, 4, 5, seed=1, step=2)
     assert torch.equal(x - x[:, :1], torch.arange(4).expand(5, 4))
-    assert torch.equal(x, data.windows(ids, 4, 5, seed=1, step=2))
-    assert torch.equal(data.windows(ids, 9, 2, seed=0, step=0), ids.expand(2, 9))
+    assert torch.equal(x, text_data.windows(ids, 4, 5, seed=1, step=2))
+    assert torch.equal(text_data.windows(ids, 9, 2, seed=0, step=0), ids.expand(2, 9))
     for length in (0, 10):
         with pytest.raises(ValueError, match=r"length must lie in \[1, 9\]"):
-            data.windows(ids, length, 1, seed=0, step=0)
+            text_data.windows(ids, length, 1, seed=0, step=0)
 
 
 @pytest.mark.parametrize("name", toys.TOYS)

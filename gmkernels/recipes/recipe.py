@@ -14,9 +14,15 @@ FLAGS = {
     "sampler": "--sampler",
     "steps": "--steps",
     "guidance": "--guidance",
+    "prompt": "--prompt",
+    "tokens": "--tokens",
+    "temperature": "--temperature",
+    "top_k": "--top-k",
+    "top_p": "--top-p",
 }  # what sample() may be asked for, by its keyword
 LABEL = frozenset({"label"})
 GUIDED = LABEL | {"sampler", "steps", "guidance"}
+WRITES = frozenset({"prompt", "tokens", "temperature", "top_k", "top_p"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +34,9 @@ class Recipe:
             The model has loss(x, seed=), sample(n, seed=) and `takes`, "levels" or "unit".
         score: (model, x, key) -> [B], the mean of which over the test part is printed.
         measure: what score is; "nats" is -log p(x) or an upper bound of it.
-        kinds: of the data that it models; build is given levels=0 for points.
+        kinds: of the data that it models; build is given levels=0 for points. Of text, levels are
+            its characters, x is [B, T + 1] ids with T the option context, score the sum over the
+            T that follow another, and sample() takes prompt= (ids) and tokens=.
         asks: keywords of sample() beyond n and seed, of FLAGS. With "label", loss() takes label=
             too, unless the option classes is 0; then neither label nor text may be asked for.
         first: a part of the model that is trained alone, by its own loss(x, seed=), in the first
