@@ -14,16 +14,32 @@ from torch import Tensor, nn
 
 
 class _MaskedLinear(nn.Linear):
-    """A linear layer whose output i sees input j where sees[i] >= degree[j]."""
+    """A linear layer whose output i sees input j where sees[i] >= degree[j], in each order."""
 
-    mask: Tensor
+    masks: Tensor
 
     def __init__(self, degree: Tensor, sees: Tensor) -> None:
-        super().__init__(len(degree), len(sees))
-        self.register_buffer("mask", sees[:, None] >= degree, persistent=False)
+        """degree [M, inputs], sees [M, outputs], of M orders; M may be 1 where all are alike."""
+        super().__init__(degree.shape[1], sees.shape[1])
+        self.register_buffer("masks", sees[:, :, None] >= degree[:, None], persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight * self.mask, self.bias)
+    def forward(self, input: Tensor, which: int = 0) -> Tensor:
+        mask = self.masks[which if len(self.masks) > 1 else 0]
+        return F.linear(input, self.weight * mask, self.bias)
+
+
+def check_orders(
+    name: str, features: int, order: Sequence[int] | Sequence[Sequence[int]] | None
+) -> Tensor:
+    """Orders as int64 [M, D], of one, of several or of None, which is 0, ..., D - 1.
+
+    Raises ValueError for what is no permutation.
+    """
+    places = torch.arange(features)
+    orders = places[None] if order is None else torch.atleast_2d(torch.tensor(order))
+    if orders.shape[1:] != (features,) or not (orders.sort(1)[0] == places).all():
+        raise ValueError(f"{name}: order must hold each of 0..{features - 1} once, got {order}")
+    return orders
 
 
 class MaskedNet(nn.Module):
@@ -33,6 +49,7 @@ class MaskedNet(nn.Module):
         features: D. outputs: P. hidden: widths of the hidden layers, at least one.
         context: K, of a condition c [B, K] that all variables see; 0 for none.
         order: order[r] is the variable of rank r, each of 0, ..., D - 1 once; None: as they stand.
+            Or M such orders [M, D]: the weights serve all, and a call says which it takes.
         dropout: of the hidden units.
     Raises:
         ValueError: sizes below 1, or an order that is no permutation.
@@ -47,7 +64,7 @@ class MaskedNet(nn.Module):
         hidden: Sequence[int] = (256, 256),
         *,
         context: int = 0,
-        order: Sequence[int] | None = None,
+        order: Sequence[int] | Sequence[Sequence[int]] | None = None,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -58,17 +75,14 @@ class MaskedNet(nn.Module):
                 f"layer or more, got {features}, {outputs}, {tuple(hidden)} and {context}"
             )
         self.features, self.outputs = features, outputs
-        self.order = tuple(range(features)) if order is None else tuple(int(i) for i in order)
-        if sorted(self.order) != list(range(features)):
-            raise ValueError(
-                f"MaskedNet: order must hold each of 0..{features - 1} once, got {self.order}"
-            )
-        rank = torch.tensor(self.order).argsort()
+        self.orders = check_orders("MaskedNet", features, order)
+        rank = self.orders.argsort()  # [M, D]
         lowest = 0 if context or features == 1 else 1  # degree 0 sees the condition alone
         degrees = [lowest + torch.arange(n) * (features - lowest) // n for n in hidden]
         self.degrees = [d.tolist() for d in degrees]
-        before = [rank + 1, *degrees]
-        after = [*degrees, rank.repeat_interleave(outputs)]
+        of_hidden = [d[None] for d in degrees]
+        before = [rank + 1, *of_hidden]
+        after = [*of_hidden, rank.repeat_interleave(outputs, 1)]
         pairs = zip(before, after, strict=True)
         self.layers = nn.ModuleList(_MaskedLinear(degree, sees) for degree, sees in pairs)
         self.context = nn.Linear(context, hidden[0], bias=False) if context else None
@@ -76,23 +90,31 @@ class MaskedNet(nn.Module):
         for p in self.layers[-1].parameters():
             nn.init.zeros_(p)
 
-    def forward(self, x: Tensor, c: Tensor | None = None) -> Tensor:
-        """The numbers of all variables, [B, D, P], in one pass. Raises ValueError for shapes."""
+    def forward(self, x: Tensor, c: Tensor | None = None, *, which: int = 0) -> Tensor:
+        """The numbers of all variables, [B, D, P], in one pass. Raises ValueError for shapes.
+
+        which: of the orders.
+        """
         if x.dim() != 2 or x.shape[1] != self.features:
             raise ValueError(f"MaskedNet: x must be [B, {self.features}], got {tuple(x.shape)}")
         told = self._told(c, len(x))
         first, *rest, last = self.layers
-        h = first(x) if told is None else first(x) + told
+        h = first(x, which) if told is None else first(x, which) + told
         for layer in rest:
-            h = layer(self.activate(h))
-        return last(self.activate(h)).view(len(x), self.features, self.outputs)
+            h = layer(self.activate(h), which)
+        return last(self.activate(h), which).view(len(x), self.features, self.outputs)
 
     def activate(self, h: Tensor) -> Tensor:
         """What follows a hidden layer."""
         return self.dropout(F.silu(h))
 
     def sequential(
-        self, value: Callable[[Tensor, int], Tensor], rows: int, c: Tensor | None = None
+        self,
+        value: Callable[[Tensor, int], Tensor],
+        rows: int,
+        c: Tensor | None = None,
+        *,
+        which: int = 0,
     ) -> Tensor:
         """Variables one after the other, each from what the network says of it: [B, D].
 
@@ -101,10 +123,10 @@ class MaskedNet(nn.Module):
 
         Args:
             value: (numbers [B, P], i) -> variable i, [B]. Called in the order of ranks.
-            rows: B. c: as in forward().
+            rows: B. c, which: as in forward().
         """
         told = self._told(c, rows)
-        order = torch.tensor(self.order, device=self.layers[0].weight.device)
+        order = self.orders[which].to(self.layers[0].weight.device)
         *hidden, last = self.layers
         weights = [layer.weight for layer in hidden]
         weights[0] = weights[0][:, order]  # its inputs by rank
@@ -112,7 +134,7 @@ class MaskedNet(nn.Module):
         biases = last.bias.view(self.features, self.outputs)
         # known[0]: the variables so far, by rank; known[i]: the units of layer i that see no more.
         known = [last.weight.new_zeros(rows, 0) for _ in self.layers]
-        for rank, variable in enumerate(self.order):
+        for rank, variable in enumerate(self.orders[which].tolist()):
             for i, (layer, weight) in enumerate(zip(hidden, weights, strict=True)):
                 new = slice(known[i + 1].shape[1], sum(d <= rank for d in self.degrees[i]))
                 h = F.linear(known[i], weight[new, : known[i].shape[1]], layer.bias[new])
