@@ -1,4 +1,4 @@
-"""`python -m gmkernels train MODEL ...` and `python -m gmkernels sample RUN ...`."""
+"""`python -m gmkernels train MODEL ...`, `sample RUN ...` and `compare WHAT ...`."""
 
 import argparse
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from gmkernels import checkpoint, data, noise, train
+from gmkernels import checkpoint, compare, data, noise, train
 from gmkernels.models import sampling
 from gmkernels.recipes import RECIPES, option_defaults, parse_options, sample_options
 
@@ -180,7 +180,8 @@ def prepare_sample(args: argparse.Namespace) -> Callable[[], None]:
 
 def _parser() -> Parser:
     parser = Parser(prog="gmkernels", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="train|sample")
+    commands = parser.add_subparsers(required=True, metavar="train|sample|compare")
+    compare.add_parser(commands)
 
     fit = commands.add_parser("train", help="train a model")
     fit.set_defaults(prepare=prepare_train)

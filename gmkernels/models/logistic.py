@@ -5,8 +5,8 @@
     Gaussian prior, N(0, s^2): + |theta|^2 / (2 s^2);    Laplace prior: + |theta|_1 / s
 The bias has no prior. The fit runs in float64 in coordinates z = (x - mean) / std, which changes
 nothing but the conditioning: smooth objectives by L-BFGS, the Laplace prior's by FISTA (see
-minimise.py). Both stop when each coordinate of the mean loss's gradient (for Laplace: of the gradient
-mapping) is below a tolerance.
+minimise.py). Both stop when each coordinate of the mean loss's gradient (for Laplace: of the
+gradient mapping) is below a tolerance.
 """
 
 import dataclasses
