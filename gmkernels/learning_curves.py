@@ -1,14 +1,14 @@
 """Ng and Jordan's comparison: error against sample size of a generative and a discriminative twin.
 
 Gaussian naive Bayes with shared variances and logistic regression (maximum likelihood) hold the
-same linear classifiers. Naive Bayes reaches its asymptote with O(log D) samples, logistic regression
+same linear classifiers. Naive Bayes reaches its asymptote with O(log D) samples, the logistic twin
 its own, which is never higher, with O(D) (Ng and Jordan 2001, "On discriminative vs. generative
 classifiers").
 
 Data: tables of scikit-learn, with the error on a held-out third; and two Gaussians N(+-mu, S) in 20
 dimensions, where the error of a linear classifier is a closed form, and so is Bayes':
     P(w x + b > 0 | Y = 0) = Phi((b - w mu) / (w S w)^1/2);    Bayes: Phi(-(mu S^-1 mu)^1/2)
-S = I (independent) meets the assumption of naive Bayes; S with correlations of 0.2 does not.
+S = I (independent) meets the assumption of naive Bayes; S with correlations of 0.15 does not.
 """
 
 import dataclasses
@@ -75,14 +75,14 @@ def table(name: str) -> Problem:
 
 
 def gaussians(name: str, *, features: int = 20, most: int = 2000, bayes: float = 0.1) -> Problem:
-    """Two Gaussians, "correlated" (0.2 between each two features) or "independent".
+    """Two Gaussians, "correlated" (0.15 between each two features) or "independent".
 
     mu is the same in the first half of the features and 0 in the second: the second tells what the
     first have in common, which naive Bayes cannot hear.
 
     Args: features: D. most: the largest size. bayes: the error of the best classifier.
     """
-    correlation = {"correlated": 0.2, "independent": 0.0}[name]
+    correlation = {"correlated": 0.15, "independent": 0.0}[name]
     covariance = torch.full((features, features), correlation, dtype=torch.float64)
     covariance.fill_diagonal_(1.0)
     root = torch.linalg.cholesky(covariance)
