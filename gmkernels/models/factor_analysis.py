@@ -110,7 +110,7 @@ class FactorAnalysis(LinearGaussian):
     (torch.Size([500]), torch.Size([500, 1]))
     """
 
-    def __init__(self, features: int, factors: int, *, floor: float = 1e-9) -> None:
+    def __init__(self, features: int, factors: int, *, floor: float = 1e-6) -> None:
         super().__init__(features, factors)
         self.floor = positive(self.name, "floor", floor)
         rotations = factors * (factors - 1) // 2
@@ -118,7 +118,7 @@ class FactorAnalysis(LinearGaussian):
 
     @torch.no_grad()
     def fit(
-        self, x: Tensor, *, iterations: int = 1000, tolerance: float = 1e-7
+        self, x: Tensor, *, iterations: int = 1000, tolerance: float = 1e-5
     ) -> "FactorAnalysis":
         """W, Psi and mu of x [N, D], N >= 2; returns the model.
 
@@ -146,9 +146,10 @@ class FactorAnalysis(LinearGaussian):
             return nll / 2, slope * free.exp() / 2
 
         free = variance.clamp(min=least).log()
-        if not minimise_smooth(objective, free, iterations, tolerance):
+        left = minimise_smooth(objective, free, iterations, tolerance)
+        if left > tolerance:
             warnings.warn(
-                f"{self.name}.fit: not within {tolerance:g} after {iterations} iterations; raise "
+                f"{self.name}.fit: stopped at a gradient of {left:.1g}, above {tolerance:g}; raise "
                 "iterations= or tolerance=",
                 RuntimeWarning,
                 stacklevel=3,

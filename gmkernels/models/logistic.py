@@ -102,9 +102,10 @@ class LogisticRegression(Classifier):
         z = ((wide - mean) / std).masked_fill(constant, 0)
         z = F.pad(z, (0, 1), value=1.0)  # [N, D + 1], the bias last
         theta = z.new_zeros(len(self.weight), self.features + 1)
-        if not self._minimise(z, y, std, theta, iterations, tolerance):
+        left = self._minimise(z, y, std, theta, iterations, tolerance)
+        if left > tolerance:
             warnings.warn(
-                f"{self.name}.fit: not within {tolerance:g} after {iterations} iterations; raise "
+                f"{self.name}.fit: stopped at a gradient of {left:.1g}, above {tolerance:g}; raise "
                 "iterations= or tolerance=",
                 RuntimeWarning,
                 stacklevel=3,
@@ -118,7 +119,7 @@ class LogisticRegression(Classifier):
 
     def _minimise(
         self, z: Tensor, y: Tensor, std: Tensor, theta: Tensor, iterations: int, tolerance: float
-    ) -> bool:
+    ) -> float:
         n, first = len(z), self.classes - len(theta)
         target = F.one_hot(y, self.classes).to(z.dtype)
         # A weight of x is theta / std, and the bias has no prior.

@@ -12,8 +12,11 @@ from torch import Tensor
 Objective = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-def minimise_smooth(f: Objective, theta: Tensor, iterations: int, tolerance: float) -> bool:
-    """L-BFGS on f -> (value, gradient), in place; whether the gradient fell below tolerance."""
+def minimise_smooth(f: Objective, theta: Tensor, iterations: int, tolerance: float) -> float:
+    """L-BFGS on f -> (value, gradient), in place; the largest of the gradient that is left.
+
+    It ends at a gradient below tolerance, after so many iterations, or where rounding stops it.
+    """
     optimizer = torch.optim.LBFGS(
         [theta],
         max_iter=iterations,
@@ -29,24 +32,25 @@ def minimise_smooth(f: Objective, theta: Tensor, iterations: int, tolerance: flo
         return float(value)
 
     optimizer.step(closure)
-    return bool(f(theta)[1].abs().max() <= tolerance)
+    return float(f(theta)[1].abs().max())
 
 
 def minimise_l1(
     f: Objective, penalty: Tensor, lipschitz: float, theta: Tensor, iterations: int, tol: float
-) -> bool:
-    """FISTA on f + sum penalty |theta|, in place; whether the gradient mapping fell below tol."""
-    y, momentum, shrink = theta.clone(), 1.0, penalty / lipschitz
+) -> float:
+    """FISTA on f + sum penalty |theta|, in place; the largest of the gradient mapping left."""
+    y, momentum, shrink, left = theta.clone(), 1.0, penalty / lipschitz, math.inf
     for _ in range(iterations):
         step = y - f(y)[1] / lipschitz
         new = step.sign() * (step.abs() - shrink).clamp(min=0)  # the proximal map of the penalty
         mapping, change = y - new, new - theta
         theta.copy_(new)
-        if float(mapping.abs().max()) * lipschitz <= tol:
-            return True
+        left = float(mapping.abs().max()) * lipschitz
+        if left <= tol:
+            break
         if float((mapping * change).sum()) > 0:  # the momentum points uphill: drop it
             momentum = 1.0
         following = (1 + math.sqrt(1 + 4 * momentum * momentum)) / 2
         y = new + (momentum - 1) / following * change
         momentum = following
-    return False
+    return left

@@ -5,6 +5,8 @@ dtype, float32 or float64, and its device; sums over rows are taken in float64 a
 that a variance of float32 data far from 0 stays positive.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -111,8 +113,7 @@ class Density(Fitted):
 
     def bic(self, x: Tensor) -> float:
         """-2 sum log p(x) + (free parameters) log N: lower is better. Schwarz 1978."""
-        penalty = self.parameters_free * torch.tensor(float(len(x))).log()
-        return float(penalty) - 2 * len(x) * self.score(x)
+        return self.parameters_free * math.log(len(x)) - 2 * len(x) * self.score(x)
 
 
 class Classifier(Fitted):
