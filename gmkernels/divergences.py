@@ -40,10 +40,10 @@ _EXACT = "donot_use_mm_for_euclid_dist"  # the product form cancels
 
 
 def _log_ratio(p: Tensor, q: Tensor) -> Tensor:
-    """p log(p / q), 0 where p = 0, inf where q = 0 < p; guarded so that no gradient is NaN."""
-    some, both = p > 0, (p > 0) & (q > 0)
+    """p log(p / q), 0 where p or q is; guarded so that no gradient there is NaN."""
+    both = (p > 0) & (q > 0)
     ratio = torch.where(both, p, 1).log() - torch.where(both, q, 1).log()
-    return torch.where(both, p * ratio, torch.where(some, math.inf, 0.0 * p))
+    return torch.where(both, p * ratio, 0 * p * q)  # NaN stays NaN
 
 
 def kl_categorical(p: Tensor, q: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def kl_categorical(p: Tensor, q: Tensor) -> Tensor:
     """
     check_tensor("kl_categorical", "p", p)
     check_like("kl_categorical", "q", q, "p", p)
-    return _log_ratio(p, q).sum(-1)
+    return _log_ratio(p, q).masked_fill((p > 0) & (q == 0), math.inf).sum(-1)
 
 
 def js_categorical(p: Tensor, q: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def js_categorical(p: Tensor, q: Tensor) -> Tensor:
     """
     check_tensor("js_categorical", "p", p)
     check_like("js_categorical", "q", q, "p", p)
-    m = (p + q) / 2
+    m = (p + q) / 2  # 0 where p and q are, and where they are too small to matter
     return (_log_ratio(p, m) + _log_ratio(q, m)).sum(-1) / 2
 
 

@@ -107,8 +107,8 @@ class _Transport(torch.autograd.Function):
             level = max(level / 2, epsilon)
         else:
             warnings.warn(
-                f"sinkhorn: a marginal is still off by {change / epsilon:.1%} after {iterations} "
-                "iterations; raise iterations= or epsilon=",
+                f"sinkhorn: the marginals are still off by {change / epsilon:.1g} of themselves "
+                f"after {iterations} iterations; raise iterations= or epsilon=",
                 RuntimeWarning,
                 stacklevel=5,
             )
@@ -117,8 +117,11 @@ class _Transport(torch.autograd.Function):
         return f.mean() + g.mean()  # the dual; P's rows are exact, so its mass is 1
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        if torch.is_grad_enabled():  # the potentials' own derivatives are not taken
+            raise RuntimeError(
+                "sinkhorn: there are first derivatives only, and create_graph=True asks for more"
+            )
         cost, f, g = ctx.saved_tensors
         plan = ((f[:, None] + g - cost) / ctx.epsilon).exp() / cost.numel()
         return grad * plan, None, None, None
