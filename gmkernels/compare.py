@@ -23,17 +23,17 @@ def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]
     checkpoint.write_atomically(path, text.getvalue().encode())
 
 
-def _draw_classifiers(path: Path, rows: Sequence[Sequence[Any]]) -> None:
+def _draw_classifiers(path: Path, rows: Sequence[learning_curves.Row]) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 7), layout="constrained")
     axes = figure.subplots(2, 3).flatten()
     for panel, name in zip(axes, learning_curves.NAMES, strict=True):
         for model in learning_curves.MODELS:
-            points = [row[2:5] for row in rows if row[:2] == (name, model)]
-            sizes, errors, spread = zip(*points, strict=True)
+            mine = [row for row in rows if (row.data, row.model) == (name, model)]
+            sizes, errors, spread = zip(*(row[2:5] for row in mine), strict=True)
             panel.errorbar(sizes, errors, spread, label=model, marker=".", capsize=2)
-        bayes = next(row[6] for row in rows if row[0] == name)
+        bayes = next(row.bayes_error for row in rows if row.data == name)
         if not math.isnan(bayes):
             panel.axhline(bayes, color="black", linestyle="--", label="Bayes")
         panel.set(xscale="log", title=name, xlabel="training samples", ylabel="test error")
@@ -44,15 +44,15 @@ def _draw_classifiers(path: Path, rows: Sequence[Sequence[Any]]) -> None:
 
 def classifiers(out: Path, repeats: int, seed: int) -> None:
     """Prints each data set's curves, then writes them."""
-    found: list[tuple[Any, ...]] = []
+    found: list[learning_curves.Row] = []
     for name in learning_curves.NAMES:
         curves = learning_curves.curves(learning_curves.problem(name), repeats=repeats, seed=seed)
-        found += (mine := list(curves))
-        half = len(mine) // 2
-        print(name, "samples: naive Bayes, logistic regression", sep=", ")
-        for naive, logistic in zip(mine[:half], mine[half:], strict=True):
-            print(f"{naive[2]:6}: {naive[3]:7.2%}, {logistic[3]:7.2%}", flush=True)
-    _write_csv(out / "classifiers.csv", learning_curves.COLUMNS, found)
+        found += curves
+        half = len(curves) // 2
+        print(f"{name}, samples: {', '.join(learning_curves.MODELS)}")
+        for naive, logistic in zip(curves[:half], curves[half:], strict=True):
+            print(f"{naive.size:6}: {naive.error:7.2%}, {logistic.error:7.2%}", flush=True)
+    _write_csv(out / "classifiers.csv", learning_curves.Row._fields, found)
     _draw_classifiers(out / "classifiers.png", found)
 
 
@@ -86,20 +86,24 @@ def prepare(args: argparse.Namespace) -> Callable[[], None]:
     for module, name in (("matplotlib", "matplotlib"), ("sklearn", "scikit-learn")):
         if importlib.util.find_spec(module) is None:
             raise ImportError(f"compare needs {name}; pip install {name}")
-    if args.repeats < 1:
-        raise ValueError(f"--repeats must be >= 1, got {args.repeats}")
-    noise.key(args.seed)
+    if args.what == "classifiers":
+        if args.repeats < 1:
+            raise ValueError(f"--repeats must be >= 1, got {args.repeats}")
+        noise.key(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.what == "divergences":
-        return lambda: divergences(args.out)
-    return lambda: classifiers(args.out, args.repeats, args.seed)
+    if args.what == "classifiers":
+        return lambda: classifiers(args.out, args.repeats, args.seed)
+    return lambda: divergences(args.out)
 
 
 def add_parser(commands: Any) -> None:
     """Adds the command to the subparsers of `python -m gmkernels`."""
     parser = commands.add_parser("compare", help="compare models or divergences; a plot and a CSV")
     parser.set_defaults(prepare=prepare)
-    parser.add_argument("what", choices=("classifiers", "divergences"))
-    parser.add_argument("--out", type=Path, required=True, help="folder of the plot and the CSV")
-    parser.add_argument("--repeats", type=int, default=20, help="draws of the data (default 20)")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    kinds = parser.add_subparsers(dest="what", required=True, metavar="classifiers|divergences")
+    curves = kinds.add_parser("classifiers", help="error against sample size, Ng and Jordan")
+    curves.add_argument("--repeats", type=int, default=20, help="draws of the data (default 20)")
+    curves.add_argument("--seed", type=int, default=0, help="of the draws")
+    apart = kinds.add_parser("divergences", help="what each says of disjoint supports")
+    for kind in (curves, apart):
+        kind.add_argument("--out", type=Path, required=True, help="folder of the plot and the CSV")

@@ -13,7 +13,8 @@ S = I (independent) meets the assumption of naive Bayes; S with correlations of 
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,11 +23,22 @@ from gmkernels import noise
 from gmkernels.models.classifier import GaussianNaiveBayes, LogisticRegression
 
 MODELS = ("naive Bayes", "logistic regression")
-COLUMNS = ("data", "model", "size", "error", "standard_error", "repeats", "bayes_error")
 TABLES = ("breast_cancer", "digits", "iris", "wine")
 GAUSSIANS = ("correlated", "independent")
 NAMES = (*GAUSSIANS, *TABLES)
 Model = GaussianNaiveBayes | LogisticRegression
+
+
+class Row(NamedTuple):
+    """The mean test error of a model after `size` samples, over `repeats` draws of the data."""
+
+    data: str
+    model: str
+    size: int
+    error: float
+    standard_error: float
+    repeats: int
+    bayes_error: float  # NaN where it is not known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +132,8 @@ def each_class_first(y: Tensor, classes: int, times: int = 2) -> Tensor:
     return (seen > times).long().argsort(stable=True)
 
 
-def curves(found: Problem, *, repeats: int, seed: int) -> Iterator[tuple[object, ...]]:
-    """Rows of COLUMNS: the mean error of each model and size over the repetitions.
+def curves(found: Problem, *, repeats: int, seed: int) -> list[Row]:
+    """The rows of each model in turn, by size.
 
     A repetition draws a pool; its first m rows are the samples of size m, for both models.
     """
@@ -135,8 +147,9 @@ def curves(found: Problem, *, repeats: int, seed: int) -> Iterator[tuple[object,
             logistic = LogisticRegression(x.shape[1], found.classes).double()
             errors[0, i, r] = error(naive.fit(x[part], y[part]))
             errors[1, i, r] = error(logistic.fit(x[part], y[part], tolerance=1e-6))
-    for k, model in enumerate(MODELS):
-        for i, size in enumerate(found.sizes):
-            mean = float(errors[k, i].mean())
-            spread = float(errors[k, i].std(correction=0)) / repeats**0.5
-            yield found.name, model, size, mean, spread, repeats, found.bayes
+    mean, spread = errors.mean(2), errors.std(2, correction=0) / repeats**0.5
+    return [
+        Row(found.name, model, size, float(mean[k, i]), float(spread[k, i]), repeats, found.bayes)
+        for k, model in enumerate(MODELS)
+        for i, size in enumerate(found.sizes)
+    ]

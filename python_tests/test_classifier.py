@@ -184,6 +184,8 @@ def test_naive_bayes_is_a_distribution():
     close(model.log_marginal(x), model.log_joint(x).logsumexp(1), 1e-12)
     assert torch.equal(model.score_samples(x), model.log_marginal(x))
     close(model.predict_proba(x).sum(1), torch.ones(len(x)), 1e-12)
+    assert model.bic(x) == pytest.approx(8 * math.log(300) - 2 * float(model.log_prob(x).sum()))
+    torch.autograd.gradcheck(model.log_prob, x[:5].clone().requires_grad_())
     states = torch.tensor(list(itertools.product((0.0, 1.0), repeat=6)))
     labels = (states[:, 0] + states[:, 1] > 1).long()
     bernoulli = BernoulliNaiveBayes(6, 2).fit(states, labels)
@@ -311,18 +313,22 @@ def test_a_state_is_the_model(name):
 
 def test_naive_bayes_wins_early_and_loses_late_where_features_are_correlated():
     problem = dataclasses.replace(learning_curves.problem("correlated"), sizes=(20, 30, 600))
-    rows = list(learning_curves.curves(problem, repeats=10, seed=0))
-    naive, logistic = ([row[3] for row in rows if row[1] == m] for m in learning_curves.MODELS)
+    rows = learning_curves.curves(problem, repeats=10, seed=0)
+    naive, logistic = (
+        [row.error for row in rows if row.model == m] for m in learning_curves.MODELS
+    )
     assert naive[0] < logistic[0]
     assert naive[1] < logistic[1]
     assert logistic[2] < 0.12 < 0.15 < naive[2]
-    assert all(row[6] == 0.1 < row[3] for row in rows)
+    assert all(row.bayes_error == 0.1 < row.error for row in rows)
 
 
 def test_both_meet_where_features_are_independent():
     problem = dataclasses.replace(learning_curves.problem("independent"), sizes=(30, 2000))
-    rows = list(learning_curves.curves(problem, repeats=5, seed=0))
-    naive, logistic = ([row[3] for row in rows if row[1] == m] for m in learning_curves.MODELS)
+    rows = learning_curves.curves(problem, repeats=5, seed=0)
+    naive, logistic = (
+        [row.error for row in rows if row.model == m] for m in learning_curves.MODELS
+    )
     assert naive[0] < logistic[0] - 0.02
     assert 0.1 <= naive[1] < 0.102
     assert 0.1 <= logistic[1] < 0.104
@@ -350,7 +356,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "new/classifiers.png").read_bytes()[:4] == b"\x89PNG"
     with open(tmp_path / "new/classifiers.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert tuple(rows[0]) == learning_curves.COLUMNS
+    assert tuple(rows[0]) == learning_curves.Row._fields
     assert len(rows) == len(learning_curves.NAMES) * 2 * 2
     assert {row["data"] for row in rows} == set(learning_curves.NAMES)
     assert all(0 <= float(row["error"]) < 1 for row in rows)

@@ -114,7 +114,7 @@ class FactorAnalysis(LinearGaussian):
         super().__init__(features, factors)
         self.floor = positive(self.name, "floor", floor)
         rotations = factors * (factors - 1) // 2
-        self.parameters_free = 2 * features + features * factors - rotations
+        self.free_parameters = 2 * features + features * factors - rotations
 
     @torch.no_grad()
     def fit(
@@ -146,6 +146,7 @@ class FactorAnalysis(LinearGaussian):
             return nll / 2, slope * free.exp() / 2
 
         free = variance.clamp(min=least).log()
+        # Ends with objective(free), so that the weight is that of free.
         left = minimise_smooth(objective, free, iterations, tolerance)
         if left > tolerance:
             warnings.warn(
@@ -176,7 +177,7 @@ class ProbabilisticPCA(LinearGaussian):
         if factors == features:
             raise ValueError(f"{self.name}: factors must be below the {features} features")
         rotations = factors * (factors - 1) // 2
-        self.parameters_free = features + features * factors - rotations + 1
+        self.free_parameters = features + features * factors - rotations + 1
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> "ProbabilisticPCA":

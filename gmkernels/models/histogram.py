@@ -57,7 +57,7 @@ class Histogram(Density):
         if not 0 <= alpha < math.inf:
             raise ValueError(f"Histogram: alpha must be a finite number >= 0, got {alpha}")
         self.alpha = alpha
-        self.parameters_free = cells - 1
+        self.free_parameters = cells - 1
         self.register_buffer("low", torch.zeros(features))
         self.register_buffer("high", torch.ones(features))
         self.register_buffer("log_p", torch.zeros(cells))

@@ -132,7 +132,7 @@ class GaussianMixture(Density):
         self.floor = positive(self.name, "floor", floor)
         full = d * (d + 1) // 2
         each = {"full": k * full, "tied": full, "diagonal": k * d, "spherical": k}[covariance]
-        self.parameters_free = k - 1 + k * d + each
+        self.free_parameters = k - 1 + k * d + each
         shape = {"full": (k, d, d), "tied": (1, d, d), "diagonal": (k, d), "spherical": (k, 1)}
         self.register_buffer("log_weight", torch.zeros(k))
         self.register_buffer("mean", torch.zeros(k, d))
@@ -146,7 +146,7 @@ class GaussianMixture(Density):
         starts: int = 5,
         iterations: int = 1000,
         tolerance: float = 1e-6,
-        seed: noise.Seed = 0,
+        seed: noise.Seed = None,
     ) -> "GaussianMixture":
         """The best of several runs of EM on x [N, D]; returns the model.
 
@@ -156,6 +156,7 @@ class GaussianMixture(Density):
             starts: runs.
             iterations: of a run, at most; RuntimeWarning if the best one did not end before.
             tolerance: the gain of the mean log-likelihood, nats, at which a run ends.
+            seed: of the starts.
         Raises ValueError: more components than distinct points.
         """
         self.check_data(x)

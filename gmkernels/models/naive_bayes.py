@@ -85,6 +85,7 @@ class GaussianNaiveBayes(NaiveBayes):
         self.shared, self.floor = shared, positive(self.name, "floor", floor)
         self.register_buffer("mean", torch.zeros(classes, features))
         self.register_buffer("logvar", torch.zeros(1 if shared else classes, features))
+        self.free_parameters = classes - 1 + self.mean.numel() + self.logvar.numel()
 
     @torch.no_grad()
     def fit(self, x: Tensor, y: Tensor) -> "GaussianNaiveBayes":
@@ -144,6 +145,7 @@ class BernoulliNaiveBayes(NaiveBayes):
         super().__init__(features, classes)
         self.alpha = positive(self.name, "alpha", alpha)
         self.register_buffer("logits", torch.zeros(classes, features))
+        self.free_parameters = classes - 1 + self.logits.numel()
 
     def check(self, verb: str, x: Tensor, *, finite: bool = False) -> None:
         """As in Fitted, and each value 0 or 1, or NaN where that passes."""

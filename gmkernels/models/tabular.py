@@ -42,7 +42,7 @@ class Fitted(nn.Module):
 
     Raises (every verb): TypeError, ValueError for an x other than said here; fit() and predict()
     for values that are not finite, too, while log-densities pass NaN on in its row. RuntimeError
-    for a verb that needs a fit before there was one.
+    for a verb that needs a fit before there was one. Log-densities are differentiable in x.
     """
 
     fitted: Tensor
@@ -96,7 +96,7 @@ class Density(Fitted):
     """p(x), exact: log_prob(x), and scikit-learn's names for it."""
 
     log_prob_kind = "exact"
-    parameters_free: int  # free parameters, for bic()
+    free_parameters: int  # for bic()
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x), [N] nats of x's dtype."""
@@ -113,7 +113,9 @@ class Density(Fitted):
 
     def bic(self, x: Tensor) -> float:
         """-2 sum log p(x) + (free parameters) log N: lower is better. Schwarz 1978."""
-        return self.parameters_free * math.log(len(x)) - 2 * len(x) * self.score(x)
+        self.check("bic", x, finite=True)
+        total = float(self.log_prob(x).double().sum())
+        return self.free_parameters * math.log(len(x)) - 2 * total
 
 
 class Classifier(Fitted):
