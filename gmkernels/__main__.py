@@ -1,4 +1,4 @@
-"""`python -m gmkernels train MODEL ...` and `python -m gmkernels sample RUN ...`."""
+"""`python -m gmkernels train MODEL ...`, `sample RUN ...` and `compare WHAT ...`."""
 
 import argparse
 import dataclasses

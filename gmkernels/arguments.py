@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gmkernels import noise
+from gmkernels import compare, noise
 from gmkernels.models import sampling
 from gmkernels.recipes import FLAGS, RECIPES, option_defaults
 
@@ -61,7 +61,8 @@ def _seed(text: str) -> int:
 def parser(train: Prepare, sample: Prepare) -> Parser:
     """Of the commands; train and sample check their arguments and return the work to do."""
     parser = Parser(prog="python -m gmkernels", description="Train models and draw from them.")
-    commands = parser.add_subparsers(required=True, metavar="train|sample")
+    commands = parser.add_subparsers(required=True, metavar="train|sample|compare")
+    compare.add_parser(commands)
 
     fit = commands.add_parser("train", help="train a model")
     fit.set_defaults(prepare=train)

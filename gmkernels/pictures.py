@@ -4,6 +4,7 @@ import io
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,6 +56,11 @@ def save_density(
     figure.colorbar(shown, label="density")
     axes.scatter(x[:, 0], x[:, 1], s=3, color="black", linewidths=0)
     axes.set(xlim=limits[:2], ylim=limits[2:])
+    save_figure(path, figure)
+
+
+def save_figure(path: Path, figure: Any) -> None:
+    """Writes a matplotlib figure as one PNG."""
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=120)
     checkpoint.write_atomically(path, png.getvalue())
