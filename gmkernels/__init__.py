@@ -29,6 +29,7 @@ from gmkernels.ops.elementwise import (
 )
 from gmkernels.ops.gaussian import gaussian_kl, gaussian_kl_per_dim, reparameterize_kl
 from gmkernels.ops.likelihood import bernoulli_nll, categorical_nll, gaussian_nll
+from gmkernels.ops.quantize import code_statistics, nearest_code, vector_quantize
 from gmkernels.ops.spline import (
     spline_coupling,
     spline_coupling_inverse,
@@ -56,6 +57,7 @@ __all__ = [
     "bernoulli_nll",
     "categorical_nll",
     "causal_attention",
+    "code_statistics",
     "ddim_step",
     "ddpm_step",
     "denoising_loss",
@@ -74,6 +76,7 @@ __all__ = [
     "leaky_inverse",
     "logit",
     "logit_inverse",
+    "nearest_code",
     "noise",
     "normal",
     "reparameterize_kl",
@@ -85,4 +88,5 @@ __all__ = [
     "uniform",
     "use_backend",
     "use_isa",
+    "vector_quantize",
 ]

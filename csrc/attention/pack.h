@@ -9,7 +9,7 @@
 #include <type_traits>
 
 #include "attention/attention.h"
-#include "attention/product.h"
+#include "common/product.h"
 #include "common/block.h"
 
 namespace gm {
