@@ -58,8 +58,7 @@ def cdist_nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
 def _peer(codes: int, width: int, dtype: torch.dtype, device: str) -> Any:
     from vector_quantize_pytorch import VectorQuantize
 
-    peer = VectorQuantize(width, codes, kmeans_init=False).eval().to(device, dtype)
-    return peer
+    return VectorQuantize(width, codes, kmeans_init=False).eval().to(device, dtype)
 
 
 def peer_nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
