@@ -126,7 +126,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def revive(self, z: Tensor, key: Tensor) -> Tensor:
-        """Moves codes that are out of use to vectors of the batch z [N, D]; which ones, bool [K]."""
+        """Moves unused codes to vectors of the batch z [N, D]; says which, bool [K]."""
         dead = self.counts < self.restart
         u = noise.uniform((len(self.codes),), seed=key, device=z.device)
         row = (u.double() * len(z)).ceil().long() - 1  # u is in (0, 1]
