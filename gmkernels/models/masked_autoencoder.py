@@ -59,7 +59,7 @@ class MaskedAutoencoder(Reconstructor):
         *,
         hidden: float = 0.5,
         width: int = 64,
-        depth: int = 3,
+        depth: int = 2,
         heads: int = 4,
         decoder_width: int = 32,
     ) -> None:
@@ -142,7 +142,7 @@ def image_masked_autoencoder(
     patch: int = 2,
     hidden: float = 0.5,
     width: int = 64,
-    depth: int = 3,
+    depth: int = 2,
     decoder_width: int = 32,
 ) -> MaskedAutoencoder:
     """Of flat square grey images in [0, 1]. Args as in MaskedAutoencoder."""

@@ -27,5 +27,7 @@ RECIPES = {
     "autoencoder": _autoencoder(autoencoder.image_autoencoder),
     "denoising_autoencoder": _autoencoder(autoencoder.image_denoising_autoencoder),
     "sparse_autoencoder": _autoencoder(autoencoder.image_sparse_autoencoder),
-    "masked_autoencoder": _autoencoder(masked_autoencoder.image_masked_autoencoder),
+    "masked_autoencoder": _autoencoder(
+        masked_autoencoder.image_masked_autoencoder, lr=3e-3, steps=3000, every=500
+    ),
 }
