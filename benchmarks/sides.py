@@ -174,7 +174,8 @@ def fault(op: Op, benchmark: Benchmark, device: str, sides: Sides) -> str:
             if got.shape != true.shape:
                 return f"{name}: result {i} has shape {tuple(got.shape)}, not {tuple(true.shape)}"
             scale = true.abs().nan_to_num(0, 0, 0).max().item() if true.numel() else 0.0
-            bound = 2 * error + op.floor[0] * torch.finfo(got.dtype).eps * scale
+            unit = torch.finfo(got.dtype).eps if got.is_floating_point() else 0.0
+            bound = 2 * error + op.floor[0] * unit * scale
             off = worst(got, true)
             if not off <= bound:
                 return f"{name}: result {i} is off by {off:.2e}, {bound:.2e} is allowed"

@@ -31,6 +31,7 @@ from gmkernels.ops.elementwise import (
 from gmkernels.ops.gaussian import gaussian_kl, gaussian_kl_per_dim, reparameterize_kl
 from gmkernels.ops.likelihood import bernoulli_nll, categorical_nll, gaussian_nll
 from gmkernels.ops.rotary import rms_norm, rotary_embedding, rotary_table
+from gmkernels.ops.quantize import code_statistics, nearest_code, vector_quantize
 from gmkernels.ops.spline import (
     spline_coupling,
     spline_coupling_inverse,
@@ -59,6 +60,7 @@ __all__ = [
     "bernoulli_nll",
     "categorical_nll",
     "causal_attention",
+    "code_statistics",
     "ddim_step",
     "ddpm_step",
     "decode_attention",
@@ -79,6 +81,7 @@ __all__ = [
     "logit",
     "logit_inverse",
     "next_token",
+    "nearest_code",
     "noise",
     "normal",
     "reparameterize_kl",
@@ -93,4 +96,5 @@ __all__ = [
     "uniform",
     "use_backend",
     "use_isa",
+    "vector_quantize",
 ]

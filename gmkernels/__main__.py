@@ -135,6 +135,11 @@ def prepare_sample(args: argparse.Namespace) -> Callable[[], None]:
     if args.out is not None and not args.out.parent.is_dir():
         raise ValueError(f"--out: the folder {args.out.parent} must exist; make it first")
     config, model = runs.load(args.run)
+    if config.recipe.picture is not None:
+        raise ValueError(
+            f"{args.run} holds a {config.model}, which is no model of p(x) and draws nothing; "
+            f"{runs.SAMPLES} there shows what it does to test images"
+        )
     asked = {name: getattr(args, name) for name in FLAGS}
     options = sample_options(config.model, config.recipe, config.options, args.run, asked)
     n = args.n or (1 if config.vocabulary else 64)

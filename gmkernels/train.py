@@ -117,9 +117,18 @@ def fit(run: Path, config: runs.Config, model: Any, images: data.Data) -> float:
                 _write_metrics(run, recipe.measure, rows)
                 bar.set_postfix(loss=f"{loss:.4g}", test=f"{score:.4g}")
                 total.zero_()
-    x = runs.sample(config, model.eval(), config.draws, runs.fold(config, runs.DRAWN))
+    x = _drawn(config, model.eval(), images)
     runs.save_samples(run / config.samples, config, model, x)
     return rows[-1][2]
+
+
+def _drawn(config: runs.Config, model: Any, images: data.Data) -> Tensor:
+    """Samples of a trained model; the recipe's picture of a model that has none."""
+    key, picture = runs.fold(config, runs.DRAWN), config.recipe.picture
+    if picture is None:
+        return runs.sample(config, model, config.draws, key)
+    x = picture(model, runs.model_input(config, model, images, images.test), key)
+    return x.float().clamp(0, 1).view(-1, config.height, config.width).cpu()
 
 
 def _conditions(config: runs.Config, labels: Tensor | None) -> dict[str, Tensor]:

@@ -5,8 +5,9 @@
 #include <algorithm>
 
 #include "attention/attention.h"
-#include "attention/product.h"
 #include "common/head_rows.h"
+#include "common/product.h"
+#include "common/block.h"
 
 namespace gm {
 namespace GM_ISA {

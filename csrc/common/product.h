@@ -1,5 +1,6 @@
-// The one matrix product of attention: C[r, lanes] (+)= sum_k A(r, k) B[k, lanes], with A read one
-// word at a time and spread over the lanes, and B and C read as vectors. C stays in registers.
+// The matrix product of attention and of code search: C[r, lanes] (+)= sum_k A(r, k) B[k, lanes],
+// with A read one word at a time and spread over the lanes, and B and C read as vectors. C stays in
+// registers.
 #pragma once
 
 #include "common/simd.h"
