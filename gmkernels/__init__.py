@@ -6,6 +6,7 @@ from gmkernels import noise
 from gmkernels.dispatch import explain, reuse_memory, use_backend, use_isa
 from gmkernels.noise import normal, uniform
 from gmkernels.ops.attention import attention_logsumexp, causal_attention, full_attention
+from gmkernels.ops.contrastive import info_nce, nt_xent
 from gmkernels.ops.coupling import affine_coupling, affine_coupling_inverse
 from gmkernels.ops.diffusion_noise import add_noise, add_noise_with_target, denoising_loss
 from gmkernels.ops.diffusion_step import (
@@ -70,12 +71,14 @@ __all__ = [
     "gaussian_kl_per_dim",
     "gaussian_nll",
     "heun_step",
+    "info_nce",
     "leaky",
     "leaky_inverse",
     "logit",
     "logit_inverse",
     "noise",
     "normal",
+    "nt_xent",
     "reparameterize_kl",
     "reuse_memory",
     "spline_coupling",

@@ -8,9 +8,9 @@
 #include <new>
 #include <type_traits>
 
-#include "attention/attention.h"
-#include "attention/product.h"
 #include "common/block.h"
+#include "common/heads.h"
+#include "common/product.h"
 
 namespace gm {
 namespace GM_ISA {

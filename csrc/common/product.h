@@ -1,4 +1,4 @@
-// The one matrix product of attention: C[r, lanes] (+)= sum_k A(r, k) B[k, lanes], with A read one
+// The one matrix product, of tiles: C[r, lanes] (+)= sum_k A(r, k) B[k, lanes], with A read one
 // word at a time and spread over the lanes, and B and C read as vectors. C stays in registers.
 #pragma once
 

@@ -1,0 +1,21 @@
+// Rows of vectors whose products with other rows are taken, in tiles: of attention and of losses
+// over pairs.
+#pragma once
+
+#include "common/dtype.h"
+
+namespace gm {
+
+constexpr int kTile = 64;  // queries of a tile: lanes of vectors run over them
+
+// [B, H, T, D] at any strides, in elements, but contiguous along D. data is null where absent.
+struct Heads {
+  const void* data = nullptr;
+  int64_t batch = 0, head = 0, row = 0;
+  DType dtype = DType::f32;
+};
+
+// D padded to whole vectors of every object.
+inline int64_t padded(int64_t width) { return (width + 15) / 16 * 16; }
+
+}  // namespace gm
