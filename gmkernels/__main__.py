@@ -123,6 +123,11 @@ def prepare_sample(args: argparse.Namespace) -> Callable[[], None]:
     if not args.out.parent.is_dir():
         raise ValueError(f"--out: the folder {args.out.parent} must exist; make it first")
     config, model = runs.load(args.run)
+    if config.recipe.picture is not None:
+        raise ValueError(
+            f"{args.run} holds a {config.model}, which is no model of p(x) and draws nothing; "
+            f"{runs.SAMPLES} there shows what it does to test images"
+        )
     asked = {name: getattr(args, name) for name in FLAGS}
     options = sample_options(config.model, config.recipe, config.options, args.run, asked)
     x = runs.sample(config, model, args.n, args.seed, **options)

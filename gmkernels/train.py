@@ -115,10 +115,17 @@ def fit(run: Path, config: runs.Config, model: Any, images: data.Images | data.P
                 _write_metrics(run, recipe.measure, rows)
                 bar.set_postfix(loss=f"{loss:.2f}", test=f"{score:.2f}")
                 total.zero_()
-    n = 64 if config.levels else 1000
-    x = runs.sample(config, model.eval(), n, runs.fold(config, runs.DRAWN))
-    runs.save_samples(run / runs.SAMPLES, config, model, x)
+    runs.save_samples(run / runs.SAMPLES, config, model, _drawn(config, model.eval(), images))
     return rows[-1][2]
+
+
+def _drawn(config: runs.Config, model: Any, images: data.Images | data.Points) -> Tensor:
+    """Samples of a trained model; the recipe's picture of a model that has none."""
+    key, picture = runs.fold(config, runs.DRAWN), config.recipe.picture
+    if picture is None:
+        return runs.sample(config, model, 64 if config.levels else 1000, key)
+    x = picture(model, runs.model_input(config, model, images, images.test), key)
+    return x.float().clamp(0, 1).view(-1, config.height, config.width).cpu()
 
 
 def _conditions(config: runs.Config, labels: Tensor | None) -> dict[str, Tensor]:

@@ -35,6 +35,8 @@ class Recipe:
             `share` of the steps; then model.measure_scale(train images, seed=) ends that stage.
         update: (model, optimizer, x, seed=, **conditions) -> loss, one update, in the place of
             train.training_step: alternating players, averages of weights.
+        picture: (model, test images as the model takes them, key) -> [n, pixels] in [0, 1], what
+            the run draws in the place of samples, of a model that has none.
         betas: of AdamW.
         cosine: whether the learning rate goes down to 0; else it stays after the warm-up.
         defaults: settings of the run (steps, lr, ...) that suit this model better.
@@ -48,6 +50,7 @@ class Recipe:
     first: str | None = None
     share: float = 0.0
     update: Callable[..., Tensor] | None = None
+    picture: Callable[[Any, Tensor, Tensor], Tensor] | None = None
     betas: tuple[float, float] = (0.9, 0.999)
     cosine: bool = True
     defaults: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -26,9 +26,9 @@ Backward saves q, k, r and c. It makes s again, in blocks; no matrix N x N is ev
 Bytes: q and k once, r once, in each direction; eager PyTorch moves four to eight matrices N x N
 more. Flops: 2 D a pair of rows for r, the same again for c; 4 D for each gradient.
 
-Numerics. Scores, running maxima and sums are float32. The partner stays out of the sum: a pair that
-is told apart well has a loss near exp(r_i - s_ip), far below the rounding of a sum that holds 1, and
-it keeps its digits. bfloat16 and float16 rows are multiplied exactly and summed in float32; where
+Numerics. Scores, running maxima and sums are float32. The partner stays out of the sum: the loss of
+a pair told apart well is near exp(r_i - s_ip), far below the rounding of a sum with 1 in it, and
+keeps its digits. bfloat16 and float16 rows are multiplied exactly and summed in float32; where
 the CPU or the GPU multiplies bfloat16, W is rounded to it once. A stored r carries its rounding,
 |r| 2^-24 in the loss and as a relative error of W; rows of length 1 have |r| <= 1 / tau + log 2N.
 The other rows stream in blocks in order, so bits are the same on every run and for any number of

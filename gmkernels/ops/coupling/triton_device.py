@@ -10,6 +10,7 @@ _ADDITIVE = tl.constexpr(reference.SCALES.index("additive"))
 _EXP = tl.constexpr(reference.SCALES.index("exp"))
 _TANH = tl.constexpr(reference.SCALES.index("tanh"))
 
+
 @triton.jit
 def scaling(u, clamp, inverse_clamp, SCALE: tl.constexpr, INVERSE: tl.constexpr):
     """log s, s (1 / s of the inverse) and d log s / du."""
