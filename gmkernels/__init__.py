@@ -6,6 +6,7 @@ from gmkernels import noise
 from gmkernels.dispatch import explain, reuse_memory, use_backend, use_isa
 from gmkernels.noise import normal, uniform
 from gmkernels.ops.attention import attention_logsumexp, causal_attention, full_attention
+from gmkernels.ops.contrastive import info_nce, nt_xent
 from gmkernels.ops.coupling import affine_coupling, affine_coupling_inverse
 from gmkernels.ops.decode import decode_attention
 from gmkernels.ops.diffusion_noise import add_noise, add_noise_with_target, denoising_loss
@@ -76,6 +77,7 @@ __all__ = [
     "gaussian_kl_per_dim",
     "gaussian_nll",
     "heun_step",
+    "info_nce",
     "leaky",
     "leaky_inverse",
     "logit",
@@ -84,6 +86,7 @@ __all__ = [
     "nearest_code",
     "noise",
     "normal",
+    "nt_xent",
     "reparameterize_kl",
     "reuse_memory",
     "rms_norm",

@@ -107,6 +107,7 @@ class Op:
         draws: how many inputs eager's error is the worst of, and why more than one: where single
             errors are magnified by chance, the largest of a small case says little.
         differentiable: whether gradients and second derivatives are tested.
+        mixes_rows: why a row of the outputs depends on other rows of the inputs, where it does.
         noisy: whether the call takes `seed=` and `eps=`.
         noise: what eps= equals a seed, (inputs, seed) -> eps; normal noise of the first argument's
             shape unless given.
@@ -129,6 +130,7 @@ class Op:
     floor: tuple[float, str] = (2.0, "one rounding of the result and one of an intermediate")
     draws: tuple[int, str] = (1, "errors are alike for all inputs of a case")
     differentiable: bool = True
+    mixes_rows: str = ""
     noisy: bool = False
     noise: Callable[[Inputs, int], Tensor] | None = None
     operator: str = ""

@@ -7,8 +7,6 @@
 
 namespace gm {
 
-constexpr int kTile = 64;  // queries of a task: lanes of vectors run over them
-
 // One call. Query i of batch b sees the keys [lo, hi) of [b * range_stride + i], both of which
 // never decrease with i, but for those where key_mask is false.
 struct AttentionArgs {

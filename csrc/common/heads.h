@@ -1,4 +1,5 @@
-// Heads of queries, keys and values as attention reads them.
+// Rows of vectors whose products with other rows are taken, in tiles: of attention and of losses
+// over pairs.
 #pragma once
 
 #include "common/dtype.h"
@@ -8,6 +9,7 @@ namespace gm {
 constexpr float kHidden = -1e30f;  // stands for a score of -inf, so that differences stay finite
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kLn2 = 0.693147180559945309f;
+constexpr int kTile = 64;  // queries of a tile: lanes of vectors run over them
 
 // [B, H, T, D] at any strides, in elements, but contiguous along D. data is null where absent.
 struct Heads {

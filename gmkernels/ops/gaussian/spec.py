@@ -218,5 +218,6 @@ OPS = (
         bytes=_kl_bytes,
         flops=lambda case: 30 * _elements(case),
         source="Kingma et al. 2016, free bits",
+        mixes_rows="a mean over the batch",
     ),
 )

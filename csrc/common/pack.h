@@ -4,10 +4,10 @@
 
 #include <algorithm>
 
-#include "attention/attention.h"
-#include "common/head_rows.h"
-#include "common/product.h"
 #include "common/block.h"
+#include "common/head_rows.h"
+#include "common/heads.h"
+#include "common/product.h"
 
 namespace gm {
 namespace GM_ISA {

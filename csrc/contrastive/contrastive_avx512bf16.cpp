@@ -1,0 +1,10 @@
+// bfloat16 rows on a CPU that multiplies bfloat16: compiled for AVX512-BF16 alone.
+#include "contrastive/stream.h"
+
+namespace gm {
+namespace GM_ISA {
+
+extern const ContrastTable contrast_table = {forward_tiles<Pairs>, gradient_tiles<Pairs>};
+
+}  // namespace GM_ISA
+}  // namespace gm
