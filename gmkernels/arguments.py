@@ -69,7 +69,7 @@ def parser(train: Prepare, sample: Prepare) -> Parser:
     fit.add_argument("--out", type=Path, required=True, help="folder of the run")
     fit.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     fit.add_argument(
-        "--data", help="digits (the default), moons, idx:FOLDER, or a folder of IDX files"
+        "--data", help="digits (the default), moons, ring, idx:FOLDER, or a folder of IDX files"
     )
     arguments = "; ".join(
         f"{name}: " + ", ".join(f"{k}={v}" for k, v in option_defaults(recipe.build).items())
