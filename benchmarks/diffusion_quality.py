@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.probes import commit
-from gmkernels import Schedule, checkpoint, data, noise, runs, toys, train
+from gmkernels import Schedule, checkpoint, data, metrics, noise, runs, toys, train
 from gmkernels.models.diffusion import Diffusion
 from gmkernels.models.edm import EDM
 from gmkernels.models.nets import MLP
@@ -38,16 +38,6 @@ def sliced_wasserstein(x: Tensor, y: Tensor, directions: int = 200) -> float:
     angle = torch.arange(directions) * (torch.pi / directions)
     axes = torch.stack([angle.cos(), angle.sin()])
     return float(((x @ axes).sort(0).values - (y @ axes).sort(0).values).abs().mean())
-
-
-def nearest(x: Tensor, k: int) -> Tensor:
-    """Distance of each point to its k-th nearest neighbour in the same set."""
-    return torch.cdist(x, x).kthvalue(k + 1, 1).values
-
-
-def covered(x: Tensor, by: Tensor, k: int = 3) -> float:
-    """Share of x within the k-nearest-neighbour ball of some point of `by`."""
-    return float((torch.cdist(x, by) <= nearest(by, k)).any(1).float().mean())
 
 
 def ring_model(kind: str, steps: int = 4000) -> Diffusion:
@@ -121,8 +111,9 @@ def digit_rows(folders: list[Path], scales: Sequence[float]) -> Iterator[tuple[A
             flat = x.flatten(1) / 16
             found = ("digits", config.model, "ddim", 50 if guidance == 1.0 else 100, guidance)
             yield *found, "assigned to their class", judge.score(flat, asked)
-            yield *found, "precision (k = 3)", covered(flat, real)
-            yield *found, "recall (k = 3)", covered(real, flat)
+            precision, recall = metrics.precision_recall(flat, real, k=3)
+            yield *found, "precision (k = 3)", precision
+            yield *found, "recall (k = 3)", recall
 
 
 def main() -> None:

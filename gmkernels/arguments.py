@@ -71,7 +71,7 @@ def parser(train: Prepare, sample: Prepare) -> Parser:
     fit.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     fit.add_argument(
         "--data",
-        help="digits (the default), moons, text:FILE, idx:FOLDER, or a folder of IDX files",
+        help="digits (the default), moons, ring, text:FILE, idx:FOLDER, or a folder of IDX files",
     )
     arguments = "; ".join(
         f"{name}: " + ", ".join(f"{k}={v}" for k, v in option_defaults(recipe.build).items())

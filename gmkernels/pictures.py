@@ -32,12 +32,18 @@ def save_grid(path: Path, x: Tensor) -> None:
     checkpoint.write_atomically(path, png.getvalue())
 
 
-def save_density(
-    path: Path, x: Tensor, log_prob: Callable[[Tensor], Tensor], *, side: int = 200
+def save_points(
+    path: Path,
+    x: Tensor,
+    log_prob: Callable[[Tensor], Tensor] | None = None,
+    *,
+    side: int = 200,
 ) -> None:
-    """Writes points [N, 2] over the density exp(log_prob) of the plane around them as one PNG.
+    """Writes points [N, 2], over the density exp(log_prob) of the plane around them, as one PNG.
 
-    Args: log_prob: points [M, 2] -> [M]. side: squares of the density along each axis.
+    Args:
+        log_prob: points [M, 2] -> [M]; None shows the points alone.
+        side: squares of the density along each axis.
     """
     try:
         from matplotlib.figure import Figure
@@ -46,16 +52,17 @@ def save_density(
     x = x[x.isfinite().all(1)]
     low, high = (torch.quantile(x, q, 0) for q in (0.01, 0.99))
     low, high = low - 0.25 * (high - low), high + 0.25 * (high - low)
-    centre = (torch.arange(side) + 0.5) / side
-    across, up = (low + (high - low) * centre[:, None]).unbind(1)
-    density = log_prob(torch.cartesian_prod(across, up)).exp().view(side, side)
     figure = Figure(figsize=(6, 5), layout="constrained")
     axes = figure.add_subplot()
     limits = (float(low[0]), float(high[0]), float(low[1]), float(high[1]))
-    shown = axes.imshow(density.T, origin="lower", extent=limits, aspect="equal", cmap="Blues")
-    figure.colorbar(shown, label="density")
+    if log_prob is not None:
+        centre = (torch.arange(side) + 0.5) / side
+        across, up = (low + (high - low) * centre[:, None]).unbind(1)
+        density = log_prob(torch.cartesian_prod(across, up)).exp().view(side, side)
+        shown = axes.imshow(density.T, origin="lower", extent=limits, cmap="Blues")
+        figure.colorbar(shown, label="density")
     axes.scatter(x[:, 0], x[:, 1], s=3, color="black", linewidths=0)
-    axes.set(xlim=limits[:2], ylim=limits[2:])
+    axes.set(xlim=limits[:2], ylim=limits[2:], aspect="equal")
     save_figure(path, figure)
 
 

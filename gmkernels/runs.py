@@ -113,7 +113,9 @@ def load(run: Path) -> tuple[Config, Any]:
 def sample(config: Config, model: Any, n: int, seed: noise.Seed, **options: Any) -> Tensor:
     """n samples of a model in eval mode as pictures, [n, height, width] in [0, 1], on the CPU.
 
-    Of a model of points, [n, 2]; of text, ids [n, T], which begin with the prompt.
+    Of a model of points, [n, 2]; of text, ids [n, T], which begin with the prompt. A model that
+    translates is given n pictures of the test part, chosen by the seed; ValueError if there are
+    fewer.
     options: of the model's sample(): label, guidance, sampler, steps; of text prompt, a string (a
         new line, where the vocabulary has it), tokens (500), temperature, top_k, top_p.
     """
@@ -122,7 +124,10 @@ def sample(config: Config, model: Any, n: int, seed: noise.Seed, **options: Any)
         prompt = text_data.encode(config.vocabulary, options.pop("prompt", begin))
         options = {"tokens": 500} | options
         return model.sample(n, seed=seed, prompt=prompt, **options).cpu()
-    x = model.sample(n, seed=seed, **options).float()
+    if config.recipe.translates:
+        x = model.sample(_test_rows(config, model, n, seed)).float()
+    else:
+        x = model.sample(n, seed=seed, **options).float()
     if not config.levels:
         return x.cpu()
     if model.takes == "levels":
@@ -130,8 +135,18 @@ def sample(config: Config, model: Any, n: int, seed: noise.Seed, **options: Any)
     return x.clamp(0, 1).view(n, config.height, config.width).cpu()
 
 
+def _test_rows(config: Config, model: Any, n: int, seed: noise.Seed) -> Tensor:
+    images = data.load(config.data)
+    if n > len(images.test):
+        raise ValueError(f"--n must be at most the {len(images.test)} test pictures, got {n}")
+    key = noise.resolve_key("sample", seed, 0, None, torch.device("cpu"))
+    index = data.batch_indices(len(images.test), n, seed=key, step=0)
+    return model_input(config, model, images, images.test[index])
+
+
 def save_samples(path: Path, config: Config, model: Any, x: Tensor, **options: Any) -> None:
-    """Writes what sample() gave as a PNG: a grid of pictures, or points over their density.
+    """Writes what sample() gave as a PNG: a grid of pictures, or points over their density, if the
+    model has one.
 
     Of text, as text. options: as in sample().
     """
@@ -141,6 +156,9 @@ def save_samples(path: Path, config: Config, model: Any, x: Tensor, **options: A
     if config.levels:
         pictures.save_grid(path, x)
         return
+    if model.log_prob_kind == "none":
+        pictures.save_points(path, x)
+        return
     label = options.get("label")
 
     @torch.no_grad()
@@ -148,7 +166,7 @@ def save_samples(path: Path, config: Config, model: Any, x: Tensor, **options: A
         labels = None if label is None else torch.full((len(points),), label)
         return model.log_prob(points.to(config.device), labels).cpu()
 
-    pictures.save_density(path, x, log_prob)
+    pictures.save_points(path, x, log_prob)
 
 
 def written(config: Config, ids: Tensor) -> str:

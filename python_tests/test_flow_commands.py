@@ -183,7 +183,7 @@ def test_density_picture(tmp_path):
     x = torch.rand(400, 2, generator=torch.Generator().manual_seed(0)) * 2 - 1
     x = torch.cat([x, torch.tensor([[math.nan, 0.0]])])
     for name in ("a", "b"):
-        pictures.save_density(tmp_path / f"{name}.png", x, log_prob, side=50)
+        pictures.save_points(tmp_path / f"{name}.png", x, log_prob, side=50)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     shown = image.imread(tmp_path / "a.png")[..., :3]
     assert shown.shape == (600, 720, 3)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gmkernels import noise
+from gmkernels import metrics, noise
 from gmkernels.ops.diffusion_noise import add_noise, denoising_loss
 from gmkernels.schedule import Schedule
 
@@ -42,7 +42,7 @@ class Bound:
     @property
     def bits_per_dim(self) -> Tensor:
         """nats / (D ln 2), [B]."""
-        return self.nats / (self.dimensions * math.log(2))
+        return metrics.bits_per_dim(self.nats, self.dimensions)
 
 
 def variational_bound(

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from gmkernels import noise
+from gmkernels import metrics, noise
 from gmkernels.models.condition import join_condition
 from gmkernels.models.likelihood import Bernoulli, Categorical, Gaussian, Likelihood
 from gmkernels.ops.gaussian import gaussian_kl_per_dim, reparameterize_kl
@@ -146,8 +146,8 @@ class VAE(nn.Module):
     def active_units(
         self, x: Tensor, c: Tensor | None = None, *, threshold: float = 0.01
     ) -> Tensor:
-        """Which latents tell of x: Var_x(E_q[z_j]) > threshold (Burda et al.), bool [Z, *]."""
-        return self.encode(x, c)[0].var(0) > threshold
+        """metrics.active_units of the means of q(z|x), bool [Z, *]."""
+        return metrics.active_units(self.encode(x, c)[0], threshold=threshold)
 
 
 class LowRankLogits(nn.Module):

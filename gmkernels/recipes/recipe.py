@@ -41,6 +41,7 @@ class Recipe:
             too, unless the option classes is 0; then neither label nor text may be asked for.
         first: a part of the model that is trained alone, by its own loss(x, seed=), in the first
             `share` of the steps; then model.measure_scale(train images, seed=) ends that stage.
+        translates: sample() takes pictures in the place of n and seed: rows of the test part.
         update: (model, optimizer, x, seed=, **conditions) -> loss, one update, in the place of
             train.training_step: alternating players, averages of weights.
         picture: (model, test images as the model takes them, key) -> [n, pixels] in [0, 1], what
@@ -57,6 +58,7 @@ class Recipe:
     asks: frozenset[str] = frozenset()
     first: str | None = None
     share: float = 0.0
+    translates: bool = False
     update: Callable[..., Tensor] | None = None
     picture: Callable[[Any, Tensor, Tensor], Tensor] | None = None
     betas: tuple[float, float] = (0.9, 0.999)
