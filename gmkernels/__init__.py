@@ -31,8 +31,8 @@ from gmkernels.ops.elementwise import (
 )
 from gmkernels.ops.gaussian import gaussian_kl, gaussian_kl_per_dim, reparameterize_kl
 from gmkernels.ops.likelihood import bernoulli_nll, categorical_nll, gaussian_nll
-from gmkernels.ops.rotary import rms_norm, rotary_embedding, rotary_table
 from gmkernels.ops.quantize import code_statistics, nearest_code, vector_quantize
+from gmkernels.ops.rotary import rms_norm, rotary_embedding, rotary_table
 from gmkernels.ops.spline import (
     spline_coupling,
     spline_coupling_inverse,
@@ -82,8 +82,8 @@ __all__ = [
     "leaky_inverse",
     "logit",
     "logit_inverse",
-    "next_token",
     "nearest_code",
+    "next_token",
     "noise",
     "normal",
     "nt_xent",
