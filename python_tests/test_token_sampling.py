@@ -16,7 +16,14 @@ ROW = registry.row("next_token")
 FAST = ("native", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The interpreter takes a second for two rows under top-k and top-p.
-INTERPRETED_CASES = {"one", "infinite_and_nan", "block+1", "temperature_0", "position_of_each"}
+INTERPRETED_CASES = {
+    "one",
+    "top_k_1",
+    "infinite_and_nan",
+    "block+1",
+    "temperature_0",
+    "position_of_each",
+}
 
 
 @pytest.fixture(params=FAST)
