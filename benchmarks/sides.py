@@ -152,7 +152,7 @@ def errors_of_eager(
     op: Op, benchmark: Benchmark, given: Inputs, truths: tuple[Tensor, ...]
 ) -> list[float]:
     """Largest error of each result of eager PyTorch, given our noise; 0 where it draws its own."""
-    if not given.tensors():
+    if not given.tensors() or not all(t.is_floating_point() for t in truths):
         return [0.0] * len(truths)
     given = op.with_noise(given, SEED, eager=True)
     eager = results(op.eager, given, benchmark.backward)
@@ -163,7 +163,8 @@ def fault(op: Op, benchmark: Benchmark, device: str, sides: Sides) -> str:
     """What is wrong with our values on the timed input, eager or compiled, or "".
 
     An error may be twice that of eager PyTorch in the same dtype with the same noise, plus the
-    row's floor in ulp of the output's scale. The truth is the reference in float64.
+    row's floor in ulp of the output's scale. Integers must be equal. The truth is the reference in
+    float64.
     """
     given = op.inputs(benchmark.case, benchmark.dtype, device, SEED)
     truths = tuple(t.detach() for t in truth(op, benchmark, device, given))
@@ -174,8 +175,8 @@ def fault(op: Op, benchmark: Benchmark, device: str, sides: Sides) -> str:
             if got.shape != true.shape:
                 return f"{name}: result {i} has shape {tuple(got.shape)}, not {tuple(true.shape)}"
             scale = true.abs().nan_to_num(0, 0, 0).max().item() if true.numel() else 0.0
-            unit = torch.finfo(got.dtype).eps if got.is_floating_point() else 0.0
-            bound = 2 * error + op.floor[0] * unit * scale
+            eps = torch.finfo(got.dtype).eps if got.is_floating_point() else 0.0
+            bound = 2 * error + op.floor[0] * eps * scale
             off = worst(got, true)
             if not off <= bound:
                 return f"{name}: result {i} is off by {off:.2e}, {bound:.2e} is allowed"

@@ -16,7 +16,14 @@ ROW = registry.row("next_token")
 FAST = ("native", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The interpreter takes a second for two rows under top-k and top-p.
-INTERPRETED_CASES = {"one", "infinite_and_nan", "block+1", "temperature_0", "position_of_each"}
+INTERPRETED_CASES = {
+    "one",
+    "top_k_1",
+    "infinite_and_nan",
+    "block+1",
+    "temperature_0",
+    "position_of_each",
+}
 
 
 @pytest.fixture(params=FAST)
@@ -63,6 +70,26 @@ def test_equals_the_reference(case, dtype, kernel, device):
     assert got.dtype == torch.int64
     assert got.device == given.args[0].device
     assert torch.equal(got, ROW.function(*given.args, **given.kwargs, backend="reference"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"top_k": 3}, {"top_k": 9}, {"top_p": 0.05}, {"top_k": 40, "top_p": 0.3}, {"top_p": 1e-9}],
+    ids=str,
+)
+def test_draws_exactly_the_kept_set(options, kernel, device):
+    """Of nearly equal logits each kept token comes up, and none beside them."""
+    rows, columns = 1000, 300
+    if kernel == "triton" and device == "cpu":
+        if options != {"top_k": 3}:
+            pytest.skip("the interpreter is slow: fewer cases")
+        rows, columns = 12, 30
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randperm(columns, generator=generator)[None] * 1e-4
+    share = round(options.get("top_p", 0) * 2**reference.SHARE_BITS)
+    kept = reference.kept(x, x - x.max(), options.get("top_k", 0), share)
+    drawn = gmkernels.next_token(x.to(device).expand(rows, -1), seed=1, backend=kernel, **options)
+    assert set(drawn.tolist()) == set(kept[0].nonzero()[:, 0].tolist())
 
 
 def test_triton_equals_the_reference_under_both_filters(device):
