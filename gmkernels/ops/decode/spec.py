@@ -173,6 +173,7 @@ OPS = (
         flops=_flops,
         source="Vaswani et al. 2017, eq. 1; Dao et al. 2023",
         floor=(4.0, "scores, the sum, the quotient and the output round once each"),
+        reads=True,
         peers={"SDPA": sdpa_decode_attention},
     ),
 )
