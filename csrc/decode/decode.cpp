@@ -55,7 +55,7 @@ struct Rows {
           is_long ? ((const int64_t*)given.data_ptr())[b] : ((const int32_t*)given.data_ptr())[b];
       lengths[b] = std::clamp<int64_t>(length, 0, capacity);
       const int64_t end = (lengths[b] + kPart - 1) / kPart;
-      parts[b + 1] = parts[b] + (a.queries > 0 && end > 0 ? end - a.first_part(b) : 0);
+      parts[b + 1] = parts[b] + (a.rows() > 0 && end > 0 ? end - a.first_part(b) : 0);
     }
   }
 };

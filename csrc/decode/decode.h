@@ -9,7 +9,7 @@
 
 namespace gm {
 
-constexpr int64_t kPart = 256;  // keys of a part; parts are cut at its multiples
+constexpr int64_t kPart = 512;  // keys of a part; parts are cut at its multiples
 
 // What a part gives for a row of queries: padded(D) floats, the sum of p v, then the largest score
 // (in units of 2^x) and the sum of p, and 14 that are not used.

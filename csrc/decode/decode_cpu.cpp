@@ -1,13 +1,13 @@
 // A part of the keys of a head at a time, three passes: scores as products with lanes over D, p
 // with lanes over the keys, and sums of p v with lanes over D again. Each row of queries takes the
-// keys that it sees and none else, so its bits do not depend on the other rows.
+// keys that it sees and none else.
 #include "common/head_rows.h"
 #include "decode/decode.h"
 
 namespace gm {
 namespace GM_ISA {
 
-static_assert(kPart % kLanes == 0, "vectors must tile the keys of a part");
+static_assert(kPart % (4 * kLanes) == 0, "vectors must tile the streams of a part");
 
 // How rows of a dtype are read: a load gives kPer vectors of float32. Where kPer is 2 these are the
 // even and the odd elements, and the queries and sums have the same order.
@@ -72,16 +72,26 @@ static inline vf sum_each(const vf* x) {
 
 #pragma GCC diagnostic pop
 
-// q k of the n <= kLanes keys from `k` on; further lanes hold the last key's.
+// In which order the keys of a part are taken: from a whole part four streams a quarter apart,
+// which keep more of the memory busy than one does; else one after the other. Elements from one of
+// four keys to the next, and from four to the next four.
+struct Steps {
+  int64_t key, four;
+};
+
+// q k of the n <= kLanes keys from `k` on; further lanes hold the first key's.
 template <class E>
-static inline vf products(const float* q, const typename E::Word* k, int64_t row, int64_t n,
+static inline vf products(const float* q, const typename E::Word* k, Steps steps, int64_t n,
                           int64_t width) {
   vf sums[kLanes];
 #pragma GCC unroll 4
   for (int i = 0; i < kLanes; i += 4) {
     const typename E::Word* at[4];
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) at[j] = k + std::min<int64_t>(i + j, n - 1) * row;
+    for (int j = 0; j < 4; ++j) {
+      const int64_t key = i + j < n ? i + j : 0;
+      at[j] = k + key / 4 * steps.four + key % 4 * steps.key;
+    }
     vf sum[4] = {};
     for (int64_t d = 0; d < width; d += E::kPer * kLanes) {
 #pragma GCC unroll 4
@@ -98,36 +108,44 @@ static inline vf products(const float* q, const typename E::Word* k, int64_t row
   return sum_each(sums);
 }
 
-// Adds to `loads` loads of out the sum over n keys of p v.
+// sum += p v
 template <class E, int kLoads>
-static inline void add_columns(const float* p, const typename E::Word* v, int64_t row, int64_t n,
+static inline void add_row(float p, const typename E::Word* v, vf* sum) {
+  const vf weight = splat<vf>(p);
+#pragma GCC unroll 8
+  for (int l = 0; l < kLoads; ++l) {
+    vf x[E::kPer];
+    E::read(v + l * E::kPer * kLanes, x);
+#pragma GCC unroll 2
+    for (int c = 0; c < E::kPer; ++c)
+      sum[l * E::kPer + c] = fma(x[c], weight, sum[l * E::kPer + c]);
+  }
+}
+
+// Adds to as many loads of out the sum over n keys of p v.
+template <class E, int kLoads>
+static inline void add_columns(const float* p, const typename E::Word* v, Steps steps, int64_t n,
                                float* out) {
-  constexpr int kStep = E::kPer * kLanes;
   vf sum[kLoads * E::kPer];
 #pragma GCC unroll 8
   for (int c = 0; c < kLoads * E::kPer; ++c) sum[c] = load<vf>(out + c * kLanes);
-  for (int64_t j = 0; j < n; ++j, v += row) {
-    const vf weight = splat<vf>(p[j]);
-#pragma GCC unroll 8
-    for (int l = 0; l < kLoads; ++l) {
-      vf x[E::kPer];
-      E::read(v + l * kStep, x);
-#pragma GCC unroll 2
-      for (int c = 0; c < E::kPer; ++c)
-        sum[l * E::kPer + c] = fma(x[c], weight, sum[l * E::kPer + c]);
-    }
+  int64_t j = 0;
+  for (; j + 4 <= n; j += 4, v += steps.four) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) add_row<E, kLoads>(p[j + i], v + i * steps.key, sum);
   }
+  for (; j < n; ++j, v += steps.key) add_row<E, kLoads>(p[j], v, sum);
 #pragma GCC unroll 8
   for (int c = 0; c < kLoads * E::kPer; ++c) store<vf>(out + c * kLanes, sum[c]);
 }
 
 template <class E, int kLoads = 8 / E::kPer>
-static inline void add_values(const float* p, const typename E::Word* v, int64_t row, int64_t n,
+static inline void add_values(const float* p, const typename E::Word* v, Steps steps, int64_t n,
                               int64_t width, float* out) {
   constexpr int kStep = kLoads * E::kPer * kLanes;
   for (; width >= kStep; width -= kStep, v += kStep, out += kStep)
-    add_columns<E, kLoads>(p, v, row, n, out);
-  if constexpr (kLoads > 1) add_values<E, kLoads / 2>(p, v, row, n, width, out);
+    add_columns<E, kLoads>(p, v, steps, n, out);
+  if constexpr (kLoads > 1) add_values<E, kLoads / 2>(p, v, steps, n, width, out);
 }
 
 // Whether elements stand in the order of Brain's loads.
@@ -169,26 +187,27 @@ class Parts {
     const int64_t begin = (a_.first_part(b) + n) * kPart;
     first_ = std::max(begin, a_.first_key(b, 0));
     count_ = std::min(begin + kPart, a_.lengths[b]) - first_;
-    blocks(a_.k, kLanes, [&](auto e, const auto* k, int64_t row, int64_t j, int64_t keys) {
+    const bool all = count_ == kPart && a_.first_key(b, a_.queries - 1) <= first_ &&
+                     a_.last_key(b, 0) >= first_ + kPart;
+    stream_ = all && a_.k.dtype == DType::f32 ? kPart / 4 : 1;
+    blocks(a_.k, kLanes, [&](auto e, const auto* k, Steps steps, int64_t j, int64_t keys) {
       for (int64_t r = 0; r < rows_; ++r) {
-        const vf s = products<decltype(e)>(query(r), k, row, keys, width_);
+        const vf s = products<decltype(e)>(query(r), k, steps, keys, width_);
         store<vf>(scores(r) + j, cap_ > 0.0f ? tanh(s) * cap_ : s);
       }
     });
-    prefetch(a_.v, first_);
     for (int64_t r = 0; r < rows_; ++r) {
       softmax(r, a_.statistics(b, kv_head, n, r));
       memset(a_.values(b, kv_head, n, r), 0, wide_ * sizeof(float));
     }
-    prefetch(a_.k, first_ + count_);
     const int64_t block = rows_ == 1 ? kPart : kLanes;
-    blocks(a_.v, block, [&](auto e, const auto* v, int64_t row, int64_t j, int64_t keys) {
+    blocks(a_.v, block, [&](auto e, const auto* v, Steps steps, int64_t j, int64_t keys) {
       for (int64_t r = 0; r < rows_; ++r) {
         const Keys seen = seen_by(r);
         const int64_t from = std::max(seen.first, j), to = std::min(seen.last, j + keys);
         if (from < to)
-          add_values<decltype(e)>(scores(r) + from, v + (from - j) * row, row, to - from, width_,
-                                  a_.values(b, kv_head, n, r));
+          add_values<decltype(e)>(scores(r) + from, v + (from - j) * steps.key, steps, to - from,
+                                  width_, a_.values(b, kv_head, n, r));
       }
     });
   }
@@ -221,16 +240,7 @@ class Parts {
     }
   }
 
-  // Asks for the first rows of a pass, which the hardware cannot guess.
-  void prefetch(const Heads& x, int64_t t) const {
-    const int64_t bytes = a_.width * (x.dtype == DType::f32 ? 4 : 2);
-    const int64_t end = std::min<int64_t>(t + kLanes, a_.lengths[b_]);
-    for (; t < end; ++t)
-      for (int64_t at = 0; at < bytes; at += 64)
-        __builtin_prefetch(row_at(x, b_, kv_head_, t) + at);
-  }
-
-  // body(E{}, rows, stride, j, n) for blocks of n <= `block` keys, counted from first_.
+  // body(E{}, rows, steps, j, n) for blocks of n <= `block` keys from the j-th on, in their order.
   template <class Body>
   void blocks(const Heads& x, int64_t block, const Body& body) {
     if (x.dtype == DType::f32) return blocks_of<Single>(x, block, body);
@@ -245,25 +255,27 @@ class Parts {
     const bool in_place = tiles && (x.dtype == DType::f32 || rows_ == 1);
     const int64_t step = in_place ? block : kLanes;
     const auto* rows = (const typename E::Word*)row_at(x, b_, kv_head_, first_);
-    for (int64_t j = 0; j < count_; j += step, rows += step * x.row) {
+    const Steps steps{stream_ * x.row, stream_ > 1 ? x.row : 4 * x.row};
+    for (int64_t j = 0; j < count_; j += step, rows += step / 4 * steps.four) {
       const int64_t n = std::min(step, count_ - j);
       if (in_place) {
-        body(E{}, rows, x.row, j, n);
+        body(E{}, rows, steps, j, n);
         continue;
       }
       for (int64_t i = 0; i < n; ++i) {
+        const auto* row = rows + i / 4 * steps.four + i % 4 * steps.key;
         float* out = staged_.get() + i * wide_;
         if (tiles) {
           for (int64_t d = 0; d < a_.width; d += E::kPer * kLanes) {
             vf parts[E::kPer];
-            E::read(rows + i * x.row + d, parts);
+            E::read(row + d, parts);
             memcpy(out + d, parts, sizeof(parts));
           }
         } else {
-          load_row(rows + i * x.row, x.dtype, a_.width, wide_, out);
+          load_row(row, x.dtype, a_.width, wide_, out);
         }
       }
-      body(Single{}, (const float*)staged_.get(), wide_, j, n);
+      body(Single{}, (const float*)staged_.get(), Steps{wide_, 4 * wide_}, j, n);
     }
   }
 
@@ -295,6 +307,7 @@ class Parts {
   float scale_, cap_;
   int64_t b_ = -1, kv_head_ = -1;  // whose queries are packed
   int64_t first_ = 0, count_ = 0;  // the keys of the part
+  int64_t stream_ = 1;             // keys from one of four to the next
 };
 
 static void run_parts(const DecodeArgs& a, int64_t begin, int64_t end) {

@@ -38,7 +38,7 @@ def decode_attention_forward(
     tops, totals = (torch.empty(sizes, dtype=torch.float32, device=q.device) for _ in range(2))
     few = rows < _FEW
     columns = triton.next_power_of_2(width) if few else max(16, triton.next_power_of_2(width))
-    tile = {"R": max(16, min(64, 4096 // columns)), "C": columns}
+    tile = {"R": max(16, min(64 if few else 32, 4096 // columns)), "C": columns}
     if not few:
         tile["Q"] = max(16, min(64, triton.next_power_of_2(rows)))
     launch(
