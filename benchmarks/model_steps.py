@@ -30,8 +30,9 @@ class ModelStep:
     """One model's training step, or a sample: how to build the model, and a batch for it.
 
     samples: what sample() is given, where that is timed; it is not compiled, its loop being 50
-    networks long. libraries: sides in plain PyTorch but for ops with a peer of that name, which it
-    is. peers: other libraries that draw the same; a function of our model gives their call.
+    networks long. headline: whether `make bench` has it, one a paradigm. libraries: sides in plain
+    PyTorch but for ops with a peer of that name, which it is. peers: other libraries that draw the
+    same; a function of our model gives their call.
     """
 
     name: str
@@ -39,6 +40,7 @@ class ModelStep:
     model: Callable[[], torch.nn.Module]
     batch: Callable[[], Tensor]
     samples: dict[str, Any] | None = None
+    headline: bool = False
     libraries: tuple[str, ...] = ()
     peers: dict[str, Callable[[Any], Callable[[], Tensor]]] = field(default_factory=dict)
 
@@ -111,8 +113,8 @@ def _writing(n: int) -> ModelStep:
 
 
 MODEL_STEPS = (
-    ModelStep("VAE", "digits, batch of 100", vae.digits_vae, _digits),
-    ModelStep("diffusion U-Net", "digits, batch of 100", _digits_diffusion, _digits),
+    ModelStep("VAE", "digits, batch of 100", vae.digits_vae, _digits, headline=True),
+    ModelStep("diffusion U-Net", "digits, batch of 100", _digits_diffusion, _digits, headline=True),
     ModelStep(
         "diffusion U-Net",
         "digits, 64 by 50 DDIM steps",
@@ -120,7 +122,14 @@ MODEL_STEPS = (
         _digits,
         {"n": 64, "steps": 50},
     ),
-    ModelStep("GPT", "4 layers of 128, 12 x 64 tokens", _gpt, _characters, libraries=("SDPA",)),
+    ModelStep(
+        "GPT",
+        "4 layers of 128, 12 x 64 tokens",
+        _gpt,
+        _characters,
+        headline=True,
+        libraries=("SDPA",),
+    ),
     _writing(1),
     _writing(16),
 )

@@ -12,6 +12,7 @@ import torch
 import gmkernels
 from benchmarks import loops, model_steps, probes, timing
 from benchmarks.loops import Loop
+from benchmarks.model_steps import ModelStep
 from benchmarks.record import Record
 from benchmarks.sides import COMPILED, EAGER, OURS, OURS_COMPILED, Side, Sides, build, fault, small
 from gmkernels import dispatch, registry
@@ -25,7 +26,7 @@ class Plan:
     """What one process measures.
 
     Attributes:
-        rows: (op, benchmark) names; loops: what follows them; models: whether model steps do.
+        rows: (op, benchmark) names; loops, models: what follows them.
         beside: True for the second regime, which times eager and ours alone.
         quick: fewer samples, and memory of eager and ours alone.
         deadline: time.time() after which no further row is begun.
@@ -33,7 +34,7 @@ class Plan:
 
     rows: tuple[tuple[str, str], ...]
     loops: tuple[Loop, ...]
-    models: bool
+    models: tuple[ModelStep, ...]
     device: str
     regime: str
     isa: str | None
@@ -70,7 +71,7 @@ def run(plan: Plan, connection: Any) -> None:
             measure(plan, f"{op_name}, {benchmark_name}", row(plan, op, benchmark), send)
         for one in plan.loops:
             measure(plan, f"{one.name}, {one.case.name}", loop(plan, one), send)
-        for step in model_steps.MODEL_STEPS if plan.models else ():
+        for step in plan.models:
             measure(plan, f"{step.name} {step.kind}", model(plan, step), send)
     send("end", None)
 
@@ -170,7 +171,7 @@ def loop(plan: Plan, one: Loop) -> Iterator[Record]:
         )
 
 
-def model(plan: Plan, step: model_steps.ModelStep) -> Iterator[Record]:
+def model(plan: Plan, step: ModelStep) -> Iterator[Record]:
     """The records of one model's training step or sample."""
     blank = functools.partial(
         Record,
