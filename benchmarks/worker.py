@@ -112,7 +112,7 @@ def row(plan: Plan, op: Op, benchmark: Benchmark) -> Iterator[Record]:
     flops = 0 if backward else op.flops(benchmark.case)
     if flops < _MUCH_ARITHMETIC * traffic:
         flops = 0
-    for record in compare(plan, make, blank, traffic, flops, benchmark.dtype):
+    for record in compare(plan, make, blank, traffic, flops, benchmark.dtype, op.reads):
         if record.p50_ms is None or plan.beside:
             yield record
             continue
@@ -211,8 +211,9 @@ def compare(
     traffic: int,
     flops: int,
     dtype: torch.dtype,
+    reads: bool = False,
 ) -> Iterator[Record]:
-    """Times the sides in turn with each other and with the probes."""
+    """Times the sides in turn with each other and with the probes, of reading if the row reads."""
     calls: dict[str, Callable[[], Any]] = {}
     failed: dict[str, str] = {}
     for name, build_side in make.items():
@@ -222,6 +223,8 @@ def compare(
             failed[name] = f"failed: {explained(error)}"
     copy, copied = probes.copy_probe(plan.device)
     everything = {**calls, "copy": copy}
+    if reads:
+        everything["read"], read = probes.read_probe(plan.device, traffic)
     if flops:
         everything["matmul"], multiplied = probes.matmul_probe(dtype, plan.device)
     times = timing.in_turn(everything, plan.device, rounds=plan.rounds, seconds=plan.seconds)
@@ -236,6 +239,8 @@ def compare(
         if traffic:
             numbers["gb_per_s"] = traffic / t.p50 / 1e9
             numbers["share_of_copy"] = traffic / t.p50 / (copied / times["copy"].p50)
+        if reads:
+            numbers["share_of_read"] = traffic / t.p50 / (read / times["read"].p50)
         if flops:
             numbers["gflop_per_s"] = flops / t.p50 / 1e9
             numbers["share_of_matmul"] = flops / t.p50 / (multiplied / times["matmul"].p50)
