@@ -130,17 +130,29 @@ def sqrt_ieee(x):
 
 
 @triton.jit
-def radius(word):
-    """sqrt(-2 ln u(word)) in minus_two_ln()'s steps, scaled by powers of two, fused where exact."""
-    i = uniform_from(word).to(tl.int32, bitcast=True)
+def binary_parts(x):
+    """e and f with x = 2^(e 2^-23) (1 + f), for positive normal x; e: int32."""
+    i = x.to(tl.int32, bitcast=True)
     e = (i - 0x3F3504F3) & -0x800000  # exponent times 2^23
-    f = (i - e).to(tl.float32, bitcast=True) - 1.0
+    return e, (i - e).to(tl.float32, bitcast=True) - 1.0
+
+
+@triton.jit
+def minus_two_ln(e, f):
+    """-2 ln of binary_parts(): the reference's steps scaled by powers of two, fused where exact."""
     k = e.to(tl.float32)
     p = f * (-2 * _LN[0]) + -2 * _LN[1]
     for j in tl.static_range(2, 6):
         p = p * f + -2 * _LN[j]
     tail = tl.fma(k, -2 * 1.428605173714459e-06 / 8388608, f * f * (p * f + 1.0))
-    return sqrt_ieee(tl.fma(k, -2 * 0.693145751953125 / 8388608, tl.fma(f, -2.0, tail)))
+    return tl.fma(k, -2 * 0.693145751953125 / 8388608, tl.fma(f, -2.0, tail))
+
+
+@triton.jit
+def radius(word):
+    """sqrt(-2 ln u(word))."""
+    e, f = binary_parts(uniform_from(word))
+    return sqrt_ieee(minus_two_ln(e, f))
 
 
 @triton.jit
@@ -175,6 +187,17 @@ def load_key(key_ptr):
     """Two words of the seed and the offset; key_ptr: int64 [2]. Load it before a loop."""
     words_ptr = key_ptr.to(tl.pointer_type(tl.uint32))
     return tl.load(words_ptr), tl.load(words_ptr + 1), tl.load(key_ptr + 1)
+
+
+@triton.jit
+def load_folded_key(key_ptr, index):
+    """load_key()'s three for each row [R, 1]: the seed folded by index as noise.fold_in does."""
+    seed_low, seed_high, offset = load_key(key_ptr)
+    c0, c1 = index.to(tl.uint32), (index >> 32).to(tl.uint32)
+    c2 = tl.full(index.shape, 0, tl.uint32)
+    c3 = tl.full(index.shape, 0xFFFFFFFF, tl.uint32)
+    low, high, _, _ = philox(c0, c1, c2, c3, seed_low, seed_high)
+    return low, high, offset
 
 
 @triton.jit

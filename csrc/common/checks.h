@@ -134,13 +134,15 @@ inline Operand row_operand(const Layout& layout, const char* name, const MaybeTe
 inline Tensor allocate_on(const char* op, int32_t type, int32_t device, const int64_t* sizes,
                           int64_t dim, ScalarType dtype) {
   std::vector<int64_t> strides(dim);
-  int64_t bytes = dtype == ScalarType::Float ? 4 : dtype == ScalarType::Double ? 8 : 2;
+  const bool is_long = dtype == ScalarType::Long;
+  int64_t bytes = dtype == ScalarType::Float ? 4 : dtype == ScalarType::Double || is_long ? 8 : 2;
   for (int64_t i = dim - 1, step = 1; i >= 0; --i) {
     strides[i] = step;
     step *= sizes[i] > 0 ? sizes[i] : 1;
     bytes *= sizes[i];
   }
-  const int32_t code = dtype == ScalarType::Float      ? aoti_torch_dtype_float32()
+  const int32_t code = is_long                         ? aoti_torch_dtype_int64()
+                       : dtype == ScalarType::Float    ? aoti_torch_dtype_float32()
                        : dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
                                                        : aoti_torch_dtype_float16();
   AtenTensorHandle handle;

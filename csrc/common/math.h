@@ -41,17 +41,32 @@ GM_HD constexpr float ln_coefficient(int i) {
 }
 constexpr float kLn2LowNoise = 1.428605173714459e-06f;
 
-// -2 ln u for u in (0, 1], u normal; u = 2^e (1 + f), k = 2^23 e. Fixed order, nothing rounded that
-// the reference does not round.
+// x = 2^e (1 + f) of a positive normal x; k = 2^23 e as an integer.
 template <class F>
-GM_HD F minus_two_ln(F u) {
-  const int_of<F> e = (bits(u) - 0x3f3504f3) & -0x800000;
-  const F f = from_bits(bits(u) - e) - 1.0f;
-  const F k = to_float(e);
+struct BinaryParts {
+  int_of<F> k;
+  F f;
+};
+
+template <class F>
+GM_HD BinaryParts<F> binary_parts(F x) {
+  const int_of<F> k = (bits(x) - 0x3f3504f3) & -0x800000;
+  return {k, from_bits(bits(x) - k) - 1.0f};
+}
+
+// -2 ln of 2^e (1 + f). Fixed order, nothing rounded that the reference does not round.
+template <class F>
+GM_HD F minus_two_ln(BinaryParts<F> x) {
+  const F f = x.f, k = to_float(x.k);
   F p = f * (-2.0f * ln_coefficient(0)) + -2.0f * ln_coefficient(1);
   for (int i = 2; i < 6; ++i) p = p * f + -2.0f * ln_coefficient(i);
   const F tail = fma(k, splat<F>(-2.0f * kLn2LowNoise * 0x1p-23f), f * f * (p * f + 1.0f));
   return fma(k, splat<F>(-2.0f * kLn2High * 0x1p-23f), fma(f, splat<F>(-2.0f), tail));
+}
+
+template <class F>
+GM_HD F minus_two_ln(F x) {
+  return minus_two_ln(binary_parts(x));
 }
 
 // cos and sin of 2 pi w 2^-32; 4 w 2^-32 = k + f, |f| <= 1/2, k from the word's own bits. Fixed

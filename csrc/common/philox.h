@@ -45,5 +45,13 @@ GM_HD void philox4x32_10(U& c0, U& c1, U& c2, U& c3, uint32_t k0, uint32_t k1) {
   }
 }
 
+// The key of a row: the call's, folded by an index as noise.fold_in does.
+GM_HD NoiseKey fold_key(NoiseKey key, int64_t index) {
+  uint32_t c0 = (uint32_t)index, c1 = (uint32_t)((uint64_t)index >> 32), c2 = 0, c3 = 0xffffffffu;
+  philox4x32_10(c0, c1, c2, c3, (uint32_t)key.seed, (uint32_t)(key.seed >> 32));
+  key.seed = (uint64_t)c0 | (uint64_t)c1 << 32;
+  return key;
+}
+
 }  // namespace GM_ISA
 }  // namespace gm

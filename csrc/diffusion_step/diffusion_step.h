@@ -76,14 +76,6 @@ GM_HD StepCoefficients read_step(const StepTable& steps, int64_t row) {
   return {c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7], c[8], c[9], c[10]};
 }
 
-// The key of a row: the call's, folded by the row's index as noise.fold_in does.
-GM_HD NoiseKey fold_key(NoiseKey key, int64_t index) {
-  uint32_t c0 = (uint32_t)index, c1 = (uint32_t)((uint64_t)index >> 32), c2 = 0, c3 = 0xffffffffu;
-  philox4x32_10(c0, c1, c2, c3, (uint32_t)key.seed, (uint32_t)(key.seed >> 32));
-  key.seed = (uint64_t)c0 | (uint64_t)c1 << 32;
-  return key;
-}
-
 // p = u + g (c - u)
 template <class F>
 GM_HD F guided(F c, F u, float g) {

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from gmkernels.triton_common import clamp, load_key, load_tile, normals, philox
+from gmkernels.triton_common import clamp, load_folded_key, load_tile, normals
 
 NO_NOISE, GIVEN, DRAWN = 0, 1, 2  # values of NOISE: none, read from eps, made from the key
 NOT_CLAMPED, FIXED, DYNAMIC = 0, 1, 2  # values of CLAMP: h is infinite, clip, or one a row
@@ -27,17 +27,6 @@ def load_step(table_ptr, index, table_rows, table_stride):
     low = tl.load(at + 9, mask=inside, other=float("nan"))
     high = tl.load(at + 10, mask=inside, other=float("nan"))
     return A, B, e, f, k, m, s, x_direct, p_direct, low, high
-
-
-@triton.jit
-def load_folded_key(key_ptr, index):
-    """load_key()'s three for each row [R, 1]: the seed folded by index as noise.fold_in does."""
-    seed_low, seed_high, offset = load_key(key_ptr)
-    c0, c1 = index.to(tl.uint32), (index >> 32).to(tl.uint32)
-    c2 = tl.full(index.shape, 0, tl.uint32)
-    c3 = tl.full(index.shape, 0xFFFFFFFF, tl.uint32)
-    low, high, _, _ = philox(c0, c1, c2, c3, seed_low, seed_high)
-    return low, high, offset
 
 
 @triton.jit

@@ -1,3 +1,11 @@
-"""Kernels come with the next commits."""
+"""Fakes of the operators that csrc/rotary registers."""
 
-DEVICES: dict[str, tuple[str, ...]] = {}
+import torch
+
+from gmkernels import dispatch
+from gmkernels.ops.rotary import outputs
+
+DEVICES = dict.fromkeys(("rotary_embedding", "rms_norm"), dispatch.native_devices(cuda=False))
+
+for _fake in outputs.FAKES:
+    torch.library.register_fake(f"gmkernels::{_fake.__name__}", _fake)

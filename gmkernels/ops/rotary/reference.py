@@ -58,7 +58,7 @@ def rotary_embedding(
         a, b = turned[..., 0::2], turned[..., 1::2]
         y = torch.stack([a * c - b * s, b * c + a * s], -1).flatten(-2)
     else:
-        a, b = turned.split(half, -1)
+        a, b = turned[..., :half], turned[..., half:]
         y = torch.cat([a * c - b * s, b * c + a * s], -1)
     return (torch.cat([y.to(x.dtype), rest], -1).contiguous(),)
 

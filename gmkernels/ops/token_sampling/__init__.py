@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gmkernels import checks, dispatch
 from gmkernels.autograd import is_batched, is_transformed
-from gmkernels.noise import Seed, fold_in, resolve_key
+from gmkernels.noise import Seed, resolve_key
 from gmkernels.ops.token_sampling import outputs, reference
 
 __all__ = ["next_token"]
@@ -130,14 +130,10 @@ def next_token(
         raise RuntimeError(f"{op}: has no rule for vmap; give it all rows in one call")
     key = resolve_key(op, seed, offset, generator, logits.device)
     name = dispatch.choose(op, logits.device.type, dispatch.is_wide(logits), backend)
-    places = position if isinstance(position, Tensor) else None
-    if places is None and degrees > 0:
-        key = fold_in(key, position)
-    if places is not None:
-        places = places.contiguous()
+    if not isinstance(position, Tensor):
+        position = torch.full(logits.shape[:1], position, dtype=torch.int64, device=logits.device)
     logits = checks.in_rows(logits.detach())
-    if name == "reference":
-        draw = torch.ops.gmkernels_reference.next_token
-    else:
+    draw: Any = torch.ops.gmkernels_reference.next_token.default
+    if name != "reference":
         draw = dispatch.kernel(op, name).forward
-    return draw(logits, key, places, degrees, k, share)
+    return draw(logits, key, position.contiguous(), degrees, k, share)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def next_token(
-    logits: Tensor, key: Tensor, position: Tensor | None, temperature: float, top_k: int, share: int
+    logits: Tensor, key: Tensor, position: Tensor, temperature: float, top_k: int, share: int
 ) -> Tensor:
     """Tokens int64 [B]."""
     return torch.empty(logits.shape[:1], dtype=torch.int64, device=logits.device)

@@ -81,9 +81,9 @@ def kept(x: Tensor, d: Tensor, top_k: int, share: int) -> Tensor:
 
 
 def next_token(
-    logits: Tensor, key: Tensor, position: Tensor | None, temperature: float, top_k: int, share: int
+    logits: Tensor, key: Tensor, position: Tensor, temperature: float, top_k: int, share: int
 ) -> Tensor:
-    """Tokens int64 [B]; position: int64 [B], or None where the key is folded already."""
+    """Tokens int64 [B]; position: int64 [B]."""
     x = logits.to(torch.float32)
     rows, columns = x.shape
     if columns == 0:
@@ -94,7 +94,7 @@ def next_token(
     else:
         d = (x - m) * torch.tensor(1 / temperature, dtype=torch.float32, device=x.device)
         key = key.to(x.device)
-        seeds = None if position is None else noise.folded_seeds(key, position)
+        seeds = noise.folded_seeds(key, position)
         h = gumbel(noise.words_of(key, rows, columns, 0, seeds).flatten(1)[:, :columns])
         score = torch.where(kept(x, d, top_k, share), (d + d) + h, -torch.inf)
         token = score.argmax(1)
