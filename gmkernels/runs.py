@@ -115,19 +115,31 @@ def sample(config: Config, model: Any, n: int, seed: noise.Seed, **options: Any)
 
     Of a model of points, [n, 2]; of text, ids [n, T], which begin with the prompt.
     options: of the model's sample(): label, guidance, sampler, steps; of text prompt, a string (a
-        new line, where the vocabulary has it), tokens (500), temperature, top_k, top_p.
+        new line, where the vocabulary has it), tokens (500), temperature, top_k, top_p. Where
+        complete is true, the first n test pictures, the lower half of each drawn.
     """
     if config.vocabulary:
         begin = "\n" if "\n" in config.vocabulary else config.vocabulary[0]
         prompt = text_data.encode(config.vocabulary, options.pop("prompt", begin))
         options = {"tokens": 500} | options
         return model.sample(n, seed=seed, prompt=prompt, **options).cpu()
-    x = model.sample(n, seed=seed, **options).float()
+    if options.pop("complete", False):
+        x = model.complete(_upper_halves(config, n), seed=seed, **options).float()
+    else:
+        x = model.sample(n, seed=seed, **options).float()
     if not config.levels:
         return x.cpu()
     if model.takes == "levels":
         x = x / (config.levels - 1)
     return x.clamp(0, 1).view(n, config.height, config.width).cpu()
+
+
+def _upper_halves(config: Config, n: int) -> Tensor:
+    """Of the first n test pictures, [n, D / 2]. Raises ValueError if there are not as many."""
+    x = data.load(config.data).test
+    if n > len(x):
+        raise ValueError(f"--n must be at most the {len(x)} test pictures to complete, got {n}")
+    return x[:n, : config.height // 2 * config.width].to(config.device).long()
 
 
 def save_samples(path: Path, config: Config, model: Any, x: Tensor, **options: Any) -> None:

@@ -191,7 +191,9 @@ def test_learns_the_digits(name):
     x = data.digits().train[:200]
     make = {"made": lambda: MADE(64, 17, (64,)), "nade": lambda: NADE(64, 17, 32)}
     model = make[name]()
-    assert abs(float(model.log_prob(x[:9]).detach().mean()) + 64 * math.log(17)) < 1e-3, "even at first"
+    assert abs(float(model.log_prob(x[:9]).detach().mean()) + 64 * math.log(17)) < 1e-3, (
+        "even at first"
+    )
     optimizer = torch.optim.Adam(model.parameters(), 2e-2)
     for step in range(40):
         optimizer.zero_grad()
