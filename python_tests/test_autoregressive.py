@@ -220,6 +220,8 @@ def test_recurrent_models(cell):
     together = model.generate(prompts, 6, seed=1)
     for b, prompt in enumerate(prompts):
         assert torch.equal(model.generate([prompt], 6, seed=1, offset=b)[0], together[b])
+    longer = torch.cat([prompts[0], together[0, :2]])
+    assert torch.equal(model.generate([longer], 4, seed=1)[0], together[0, 2:])
     likeliest = model.generate(prompts[:1], 3, temperature=0)[0]
     for token in likeliest:
         assert token == model(prompts[0][None])[0, -1].argmax()
