@@ -65,19 +65,26 @@ def plans(options: argparse.Namespace) -> list[worker.Plan]:
     """One plan a regime: the first measures everything, the second stands beside headline rows."""
     ops = registry.rows() if options.op is None else [registry.row(name) for name in options.op]
     chosen = [(op.name, b) for op in ops for b in op.benchmarks if b.headline or not options.quick]
-    headline = tuple((name, b.name) for name, b in chosen if b.headline)
-    every = tuple((name, b.name) for name, b in chosen)
+    every = [(name, b.name) for name, b in chosen]
+    headline = [(name, b.name) for name, b in chosen if b.headline]
+    if options.quick:  # the first of each family
+        headline = list({registry.row(row[0]).family: row for row in reversed(headline)}.values())
     walked = [one for one in loops.LOOPS if one.op in ops and (one.headline or not options.quick)]
-    beside = [one for one in walked if one.headline]
+    beside = [] if options.quick else [one for one in walked if one.headline]
+    models = (
+        []
+        if options.op
+        else [step for step in model_steps.MODEL_STEPS if step.headline or not options.quick]
+    )
     regimes = ["reuse", "default"] if options.regime == "both" else [options.regime]
     if options.device == "cuda":
         regimes = ["default"]
     deadline = time.time() + QUICK_SECONDS if options.quick else float("inf")
     return [
         worker.Plan(
-            rows=headline if n else every,
+            rows=tuple(headline[::-1] if n else every),
             loops=tuple(beside if n else walked),
-            models=options.op is None,
+            models=() if n and options.quick else tuple(models),
             device=options.device,
             regime=regime,
             isa=options.isa,
@@ -100,8 +107,7 @@ class Session:
 
     def run(self, all_plans: list[worker.Plan]) -> None:
         """Measures everything; a line a row as it is done."""
-        models = len(model_steps.MODEL_STEPS)
-        steps = sum(len(p.rows) + len(p.loops) + p.models * models for p in all_plans)
+        steps = sum(len(p.rows) + len(p.loops) + len(p.models) for p in all_plans)
         columns = (BarColumn(), TextColumn("{task.completed}/{task.total} {task.description}"))
         with Progress(*columns, TimeElapsedColumn(), console=self.console) as progress:
             task = progress.add_task("starting", total=steps, completed=-1)

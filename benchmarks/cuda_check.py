@@ -2,15 +2,16 @@
 
 Every csrc/<family>/<family>_cuda.cu is compiled for each architecture with the flags of
 CMakeLists.txt; ptxas says how many registers each kernel takes and whether it spills any. A compile
-error, or a spill that SPILLS_ALLOWED does not name, fails the check.
+error, or a spill that SPILLS_ALLOWED does not name, fails the check. What was compiled stays in
+build/cuda_check, for the static report and for the next check of the same sources.
 """
 
 import argparse
+import hashlib
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHS = ("80", "90a", "100a")
+HEADERS = (".h", ".cuh")
+KEPT = ROOT / "build" / "cuda_check"
 FLAGS = ("-O3", "-fmad=false", "-std=c++17", f"-I{ROOT / 'csrc'}", "-Xptxas", "-v", "-cubin")
 
 # Kernel, as the table names it: why it may spill, on every architecture.
@@ -27,13 +30,28 @@ SPILLS_ALLOWED: dict[str, str] = {}
 Usage = tuple[int, int]  # registers, spilled bytes
 
 
-def compile_one(nvcc: str, source: Path, arch: str, folder: Path) -> tuple[int, str]:
-    """Compiles one source for one architecture: exit status, and what nvcc and ptxas said."""
+def compile_one(nvcc: str, source: Path, arch: str) -> tuple[Path, int, str]:
+    """Compiles one source for one architecture, unless the same was compiled before.
+
+    Returns: the cubin, the exit status, and what nvcc and ptxas said.
+    """
+    digest = hashlib.sha256(repr((nvcc, FLAGS, arch)).encode())
+    for path in (source, *sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in HEADERS)):
+        digest.update(path.read_bytes())
+    name = f"{source.stem}_{arch}_{digest.hexdigest()[:16]}"
+    target, said = KEPT / f"{name}.cubin", KEPT / f"{name}.txt"
+    if said.exists():
+        return target, 0, said.read_text()
+    KEPT.mkdir(parents=True, exist_ok=True)
+    for old in KEPT.glob(f"{source.stem}_{arch}_*"):
+        old.unlink()
     gencode = f"-gencode=arch=compute_{arch},code=sm_{arch}"
-    target = folder / f"{source.stem}_{arch}.cubin"
     command = [nvcc, *FLAGS, gencode, "-o", str(target), str(source)]
     result = subprocess.run(command, capture_output=True, text=True)
-    return result.returncode, result.stderr + result.stdout
+    text = result.stderr + result.stdout
+    if result.returncode == 0:
+        said.write_text(text)
+    return target, result.returncode, text
 
 
 def read_ptxas(text: str) -> dict[str, Usage]:
@@ -63,10 +81,10 @@ def check(nvcc: str) -> tuple[dict[str, dict[str, Usage]], list[str]]:
     complaints = [] if sources else ["no csrc/*/*_cuda.cu found"]
     mangled: dict[str, dict[str, Usage]] = {}
     tasks = [(source, arch) for source in sources for arch in ARCHS]
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
-        jobs = [pool.submit(compile_one, nvcc, *task, Path(folder)) for task in tasks]
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(compile_one, nvcc, *task) for task in tasks]
         for (source, arch), job in zip(tasks, jobs, strict=True):
-            status, text = job.result()
+            _, status, text = job.result()
             label = f"{source.relative_to(ROOT)} for sm_{arch}"
             print(f"{label}: {'failed' if status else 'compiled'}", flush=True)
             if status:

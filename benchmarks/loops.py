@@ -79,7 +79,7 @@ def _at(shape: tuple[int, ...]) -> tuple[Loop, ...]:
         Loop("ddim", shape, {"eta": 1.0}),
         Loop("ddpm", shape, clip=1.0),
         Loop("euler", shape),
-        Loop("dpmpp_2m", shape, headline=shape == SHAPES[2]),
+        Loop("dpmpp_2m", shape),
     )
 
 

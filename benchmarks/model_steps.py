@@ -4,9 +4,11 @@ A later model adds a line to MODEL_STEPS.
 """
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from types import FunctionType
 from typing import Any
 
@@ -16,7 +18,8 @@ from torch import Tensor
 import gmkernels
 from benchmarks.sides import COMPILED, EAGER, OURS, OURS_COMPILED, SEED, Side, compiled
 from gmkernels import data, registry, train
-from gmkernels.models import image_diffusion, vae
+from gmkernels.models import gpt2, image_diffusion, vae
+from gmkernels.models.gpt import GPT, Sizes
 
 REFERENCE = "reference backend"
 _KEYWORDS_OF_OURS = ("seed", "offset", "generator", "backend")
@@ -27,7 +30,9 @@ class ModelStep:
     """One model's training step, or a sample: how to build the model, and a batch for it.
 
     samples: what sample() is given, where that is timed; it is not compiled, its loop being 50
-    networks long.
+    networks long. headline: whether `make bench` has it, one a paradigm. libraries: sides in plain
+    PyTorch but for ops with a peer of that name, which it is. peers: other libraries that draw the
+    same; a function of our model gives their call.
     """
 
     name: str
@@ -35,6 +40,9 @@ class ModelStep:
     model: Callable[[], torch.nn.Module]
     batch: Callable[[], Tensor]
     samples: dict[str, Any] | None = None
+    headline: bool = False
+    libraries: tuple[str, ...] = ()
+    peers: dict[str, Callable[[Any], Callable[[], Tensor]]] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
@@ -50,9 +58,63 @@ def _digits_diffusion() -> torch.nn.Module:
     return image_diffusion.image_diffusion(64, 17, classes=0)
 
 
+def _gpt() -> torch.nn.Module:
+    return GPT(Sizes(65, 64, layers=4, heads=4, width=128, bias=False))
+
+
+def _characters() -> Tensor:
+    return torch.randint(65, (12, 65), generator=torch.Generator().manual_seed(SEED))
+
+
+def _writer() -> torch.nn.Module:
+    model = GPT(Sizes(65, 256, layers=4, heads=4, width=256))
+    for p in model.parameters():  # a new GPT says nearly nothing, and its likeliest token is a tie
+        p.data.mul_(3 if p.dim() == 2 else 1)
+    return model
+
+
+def _transformers(n: int) -> Callable[[Any], Callable[[], Tensor]]:
+    def build(model: Any) -> Callable[[], Tensor]:
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        s = model.sizes
+        config = GPT2Config(
+            vocab_size=s.vocab,
+            n_positions=s.context,
+            n_embd=s.width,
+            n_layer=s.layers,
+            n_head=s.heads,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=None,
+        )
+        theirs = GPT2LMHeadModel(config).eval()
+        theirs.load_state_dict(gpt2.to_gpt2(model))
+        theirs.to(model.token.weight.device)
+        prompt = _PROMPT.to(model.token.weight.device).expand(n, -1)
+        options = {"max_new_tokens": _TOKENS, "do_sample": False}
+        return lambda: theirs.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+
+    return build
+
+
+_PROMPT, _TOKENS = torch.arange(16), 48
+
+
+def _writing(n: int) -> ModelStep:
+    return ModelStep(
+        "GPT",
+        f"4 layers of 256, {n} x {_TOKENS} tokens after {len(_PROMPT)}",
+        _writer,
+        _characters,
+        {"n": n, "prompt": _PROMPT, "tokens": _TOKENS, "temperature": 0},
+        peers={"transformers": _transformers(n)} if find_spec("transformers") else {},
+    )
+
+
 MODEL_STEPS = (
-    ModelStep("VAE", "digits, batch of 100", vae.digits_vae, _digits),
-    ModelStep("diffusion U-Net", "digits, batch of 100", _digits_diffusion, _digits),
+    ModelStep("VAE", "digits, batch of 100", vae.digits_vae, _digits, headline=True),
+    ModelStep("diffusion U-Net", "digits, batch of 100", _digits_diffusion, _digits, headline=True),
     ModelStep(
         "diffusion U-Net",
         "digits, 64 by 50 DDIM steps",
@@ -60,14 +122,30 @@ MODEL_STEPS = (
         _digits,
         {"n": 64, "steps": 50},
     ),
+    ModelStep(
+        "GPT",
+        "4 layers of 128, 12 x 64 tokens",
+        _gpt,
+        _characters,
+        headline=True,
+        libraries=("SDPA",),
+    ),
+    _writing(1),
+    _writing(16),
 )
 
 
 class PlainPyTorch:
-    """Puts each row's eager baseline in the place of our op in all models, inside a with block."""
+    """Puts each row's eager baseline in the place of our op in all models, inside a with block.
 
-    def __init__(self) -> None:
-        eager = {op.function: _without_our_keywords(op.eager) for op in registry.rows()}
+    library: ops with a peer of this name have that peer in their place.
+    """
+
+    def __init__(self, library: str = "") -> None:
+        eager = {
+            op.function: _without_our_keywords(op.peers.get(library, op.eager))
+            for op in registry.rows()
+        }
         kept = _KeptNoise()
         eager |= {gmkernels.add_noise: kept.add_noise, gmkernels.denoising_loss: kept.loss}
         modules = [vars(m) for n, m in sys.modules.items() if n.startswith("gmkernels.models.")]
@@ -130,6 +208,11 @@ def sides_of(step: ModelStep, device: str) -> dict[str, Callable[[], Side]]:
     }
     if step.samples is not None:
         del made[COMPILED], made[OURS_COMPILED]
+    for name in step.libraries:
+        instead = PlainPyTorch(name)
+        made[name] = functools.partial(build, step, device, name, lambda it=instead: it)
+    for name in step.peers:
+        made[name] = functools.partial(build, step, device, name, contextlib.nullcontext)
     return made
 
 
@@ -143,8 +226,10 @@ def build(
     torch.manual_seed(SEED)
     model: Any = step.model().to(device)
     if step.samples is not None:
-        options = {**step.samples, "seed": SEED}
-        side = Side(name, lambda: model.eval().sample(**options), scope)
+        options, model = {**step.samples, "seed": SEED}, model.eval()
+        side = Side(name, lambda: model.sample(**options), scope)
+        if name in step.peers:
+            side = Side(name, step.peers[name](model))
         side()
         return side
     x = step.batch().to(device)
@@ -157,13 +242,22 @@ def build(
 
 
 def fault(step: ModelStep, device: str) -> str:
-    """What is wrong with the first losses of our step, against the reference backend's, or ""."""
-    losses = {}
-    for name in (REFERENCE, OURS):
+    """What is wrong with the first losses of our step, against the reference backend's, or "".
+
+    Of a library's step, too. A sample is drawn once; tokens must be equal, and of pictures the
+    mean, as a network spreads the rounding of levels.
+    """
+
+    def told(x: Tensor) -> list[float]:
+        return [float(x.mean())] if x.is_floating_point() else x.flatten().tolist()
+
+    losses, count = {}, 3 if step.samples is None else 1
+    for name in (REFERENCE, OURS, *step.libraries, *step.peers):
         side = sides_of(step, device)[name]()
-        # A network spreads the rounding of levels: pictures agree in their mean level.
-        losses[name] = [float(side().float().mean()) for _ in range(3)]
-    for i, (ours, true) in enumerate(zip(losses[OURS], losses[REFERENCE], strict=True), 2):
-        if not abs(ours - true) <= 1e-4 * abs(true):
-            return f"the loss of step {i} is {ours:.6g}, the reference's is {true:.6g}"
+        losses[name] = [number for _ in range(count) for number in told(side())]
+    true = losses.pop(REFERENCE)
+    for name, found in losses.items():
+        for i, (x, y) in enumerate(zip(found, true, strict=True), 2):
+            if not abs(x - y) <= 1e-4 * abs(y):
+                return f"the loss of step {i} is {x:.6g} ({name}), the reference's is {y:.6g}"
     return ""

@@ -27,6 +27,12 @@ def copy_probe(device: str) -> tuple[Callable[[], Any], int]:
     return lambda: target.copy_(source), 2 * size
 
 
+def read_probe(device: str, size: int) -> tuple[Callable[[], Any], int]:
+    """A maximum over as many bytes as a call reads, which the caches hold as they do the call's."""
+    source = torch.ones(max(size // 4, 1), device=device)
+    return source.amax, 4 * source.numel()
+
+
 def matmul_probe(dtype: torch.dtype, device: str) -> tuple[Callable[[], Any], int]:
     """A square matrix product, and its floating-point operations."""
     n = 1024 if device == "cpu" else 8192

@@ -16,7 +16,8 @@ class Record:
         isa: instruction set of our CPU kernels; "" on a GPU.
         regime: "reuse" (gmkernels.reuse_memory() called at the start) or "default".
         ratio_vs_ours: this side's time over ours: above 1, ours is faster.
-        gb_per_s: the row's minimal traffic over the time; share_of_copy: of the measured copy rate.
+        gb_per_s: the row's minimal traffic over the time; share_of_copy: of the measured copy rate;
+            share_of_read: of the rate of reading as many bytes, where a call hardly writes.
         gflop_per_s, share_of_matmul: likewise, of forwards with much arithmetic a byte.
         peak_memory_mb: MiB beyond the inputs, results included.
         host_us: microseconds of a call on 8 x 32 elements; of a loop, of a step on 1 x 4 x 8 x 8.
@@ -36,6 +37,7 @@ class Record:
     ratio_vs_ours: float | None = None
     gb_per_s: float | None = None
     share_of_copy: float | None = None
+    share_of_read: float | None = None
     gflop_per_s: float | None = None
     share_of_matmul: float | None = None
     peak_memory_mb: float | None = None

@@ -39,7 +39,8 @@ def table(records: list[Record]) -> Table:
         "fifth slower than p80.\n"
         "'ours is': how many times faster ours is than this side; below 1 it is slower.",
         caption=f"memory regime: {regime}; default: the same side where gmkernels.reuse_memory() "
-        "was not called; small call: on 8 x 32 elements, of a loop one of its steps",
+        "was not called; small call: on 8 x 32 elements, of a loop one of its steps; of copy, or "
+        "of reading alone (read) where a call hardly writes",
     )
     for name in ("row", "side"):
         shown.add_column(name, no_wrap=True)
@@ -64,6 +65,8 @@ def _cells(record: Record, beside: Record | None) -> list[str]:
     if record.p50_ms is None:
         return [record.side, f"[red]{record.correct}[/red]"]
     share = "" if record.share_of_copy is None else f"{record.share_of_copy:.0%}"
+    if record.share_of_read is not None:
+        share = f"read {record.share_of_read:.0%}"
     matmul = "" if record.share_of_matmul is None else f"{record.share_of_matmul:.0%}"
     return [
         f"[bold]{record.side}[/bold]" if record.side == OURS else record.side,

@@ -14,12 +14,12 @@ sm_90 than the row allows. Writes build/static_gpu.csv.
 import argparse
 import csv
 import dataclasses
+import multiprocessing
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,30 @@ def report_triton(op: Op, benchmark: Benchmark, seen: set[str]) -> Iterator[Line
                 yield line
 
 
+def report_family(names: list[str]) -> list[Line]:
+    """The lines of the rows of these names, which share kernels."""
+    seen: set[str] = set()
+    rows = [registry.row(name) for name in names]
+    calls = [(op, benchmark) for op in rows for benchmark in static_triton.calls(op)]
+    return [line for op, benchmark in calls for line in report_triton(op, benchmark, seen)]
+
+
+def report_families(rows: list[Op], console: Console) -> list[Line]:
+    """The lines of all rows in their order, a family at a time in each of two processes."""
+    families: dict[str, list[str]] = {}
+    for op in rows:
+        families.setdefault(op.family, []).append(op.name)
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        # The largest first: the last to end ends early.
+        longest = sorted(families, key=lambda family: -len(families[family]))
+        jobs = {pool.submit(report_family, families[family]): family for family in longest}
+        found = {
+            jobs[job]: job.result()
+            for job in track(as_completed(jobs), "Triton", len(jobs), console=console)
+        }
+    return [line for family in families for line in found[family]]
+
+
 def usage(kernel: static_asm.Kernel) -> dict[str, Any]:
     """The columns that are read from the machine code."""
     return {
@@ -134,11 +158,10 @@ def report_cuda(source: Path, arch: str) -> list[Line]:
     """A line for each kernel of a CUDA source. Raises RuntimeError if it does not compile."""
     nvcc = shutil.which("nvcc")
     assert nvcc is not None
-    with tempfile.TemporaryDirectory() as folder:
-        status, _ = cuda_check.compile_one(nvcc, source, arch, Path(folder))
-        if status:
-            raise RuntimeError(f"{source.name} does not compile for sm_{arch}: see make cuda_check")
-        kernels = [k for path in Path(folder).iterdir() for k in static_asm.read_cubin(path)]
+    cubin, status, _ = cuda_check.compile_one(nvcc, source, arch)
+    if status:
+        raise RuntimeError(f"{source.name} does not compile for sm_{arch}: see make cuda_check")
+    kernels = list(static_asm.read_cubin(cubin))
     names = cuda_check.readable([kernel.name for kernel in kernels])
     family = source.stem.removesuffix("_cuda")
     return [
@@ -189,12 +212,8 @@ def main() -> int:
     console = Console(width=None if sys.stdout.isatty() else 200)
     rows = registry.rows() if names is None else [registry.row(name) for name in names]
     rows = [op for op in rows if static_triton.has_kernel(op)]
-    work = [(op, benchmark) for op in rows for benchmark in static_triton.calls(op)]
-    lines: list[Line] = []
-    seen: set[str] = set()
     faults: list[str] = []
-    for op, benchmark in track(work, "Triton", console=console):
-        lines += report_triton(op, benchmark, seen)
+    lines = report_families(rows, console)
     sources = sorted((cuda_check.ROOT / "csrc").glob("*/*_cuda.cu"))
     builds = [(source, arch) for source in sources for arch in cuda_check.ARCHS]
     if names is None and shutil.which("nvcc"):

@@ -12,6 +12,7 @@ import torch
 import gmkernels
 from benchmarks import loops, model_steps, probes, timing
 from benchmarks.loops import Loop
+from benchmarks.model_steps import ModelStep
 from benchmarks.record import Record
 from benchmarks.sides import COMPILED, EAGER, OURS, OURS_COMPILED, Side, Sides, build, fault, small
 from gmkernels import dispatch, registry
@@ -25,7 +26,7 @@ class Plan:
     """What one process measures.
 
     Attributes:
-        rows: (op, benchmark) names; loops: what follows them; models: whether model steps do.
+        rows: (op, benchmark) names; loops, models: what follows them.
         beside: True for the second regime, which times eager and ours alone.
         quick: fewer samples, and memory of eager and ours alone.
         deadline: time.time() after which no further row is begun.
@@ -33,7 +34,7 @@ class Plan:
 
     rows: tuple[tuple[str, str], ...]
     loops: tuple[Loop, ...]
-    models: bool
+    models: tuple[ModelStep, ...]
     device: str
     regime: str
     isa: str | None
@@ -70,7 +71,7 @@ def run(plan: Plan, connection: Any) -> None:
             measure(plan, f"{op_name}, {benchmark_name}", row(plan, op, benchmark), send)
         for one in plan.loops:
             measure(plan, f"{one.name}, {one.case.name}", loop(plan, one), send)
-        for step in model_steps.MODEL_STEPS if plan.models else ():
+        for step in plan.models:
             measure(plan, f"{step.name} {step.kind}", model(plan, step), send)
     send("end", None)
 
@@ -111,7 +112,7 @@ def row(plan: Plan, op: Op, benchmark: Benchmark) -> Iterator[Record]:
     flops = 0 if backward else op.flops(benchmark.case)
     if flops < _MUCH_ARITHMETIC * traffic:
         flops = 0
-    for record in compare(plan, make, blank, traffic, flops, benchmark.dtype):
+    for record in compare(plan, make, blank, traffic, flops, benchmark.dtype, op.reads):
         if record.p50_ms is None or plan.beside:
             yield record
             continue
@@ -170,7 +171,7 @@ def loop(plan: Plan, one: Loop) -> Iterator[Record]:
         )
 
 
-def model(plan: Plan, step: model_steps.ModelStep) -> Iterator[Record]:
+def model(plan: Plan, step: ModelStep) -> Iterator[Record]:
     """The records of one model's training step or sample."""
     blank = functools.partial(
         Record,
@@ -210,8 +211,9 @@ def compare(
     traffic: int,
     flops: int,
     dtype: torch.dtype,
+    reads: bool = False,
 ) -> Iterator[Record]:
-    """Times the sides in turn with each other and with the probes."""
+    """Times the sides in turn with each other and with the probes, of reading if the row reads."""
     calls: dict[str, Callable[[], Any]] = {}
     failed: dict[str, str] = {}
     for name, build_side in make.items():
@@ -221,6 +223,8 @@ def compare(
             failed[name] = f"failed: {explained(error)}"
     copy, copied = probes.copy_probe(plan.device)
     everything = {**calls, "copy": copy}
+    if reads:
+        everything["read"], read = probes.read_probe(plan.device, traffic)
     if flops:
         everything["matmul"], multiplied = probes.matmul_probe(dtype, plan.device)
     times = timing.in_turn(everything, plan.device, rounds=plan.rounds, seconds=plan.seconds)
@@ -235,6 +239,8 @@ def compare(
         if traffic:
             numbers["gb_per_s"] = traffic / t.p50 / 1e9
             numbers["share_of_copy"] = traffic / t.p50 / (copied / times["copy"].p50)
+        if reads:
+            numbers["share_of_read"] = traffic / t.p50 / (read / times["read"].p50)
         if flops:
             numbers["gflop_per_s"] = flops / t.p50 / 1e9
             numbers["share_of_matmul"] = flops / t.p50 / (multiplied / times["matmul"].p50)

@@ -110,6 +110,7 @@ class Op:
         noisy: whether the call takes `seed=` and `eps=`.
         noise: what eps= equals a seed, (inputs, seed) -> eps; normal noise of the first argument's
             shape unless given.
+        reads: whether a call hardly writes: the benchmarks hold it against reading alone, too.
         operator: name of the registered operators, where several ops share one; else the op's.
         instructions: ceiling of instructions an element on sm_90 by dtype name, forward kernel.
         peers: implementations of other libraries for the benchmark, by name: same call as eager.
@@ -131,6 +132,7 @@ class Op:
     differentiable: bool = True
     noisy: bool = False
     noise: Callable[[Inputs, int], Tensor] | None = None
+    reads: bool = False
     operator: str = ""
     instructions: dict[str, int] = field(default_factory=dict)
     peers: dict[str, Callable[..., Any]] = field(default_factory=dict)

@@ -284,6 +284,14 @@ def log1p_unit(t):
 
 
 @triton.jit
+def tanh(x):
+    """tanh(x), to full relative accuracy near 0."""
+    y = 2.0 * tl.minimum(tl.maximum(x, -20.0, tl.PropagateNan.ALL), 20.0, tl.PropagateNan.ALL)
+    excess = tl.where(tl.abs(y) < 0.34, y + y * y * exp_tail(y), tl.exp(y) - 1.0)
+    return excess / (excess + 2.0)
+
+
+@triton.jit
 def sigmoid(s):
     """1 / (1 + exp(-s)) without overflow."""
     e = tl.exp(-tl.abs(s))

@@ -91,6 +91,13 @@ def test_family_is_complete(family: str) -> None:
     assert family not in {op.name for op in ops}, "a family is a noun; no op bears its name"
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_headlines_a_family(family: str) -> None:
+    """`make bench` has one row or two of each family: it must end within minutes."""
+    rows = [b for op in registry.rows() if op.family == family for b in op.benchmarks]
+    assert 1 <= sum(b.headline for b in rows) <= 2
+
+
 def test_every_twin_has_a_family() -> None:
     folders = {p.name for p in (ROOT / "csrc").iterdir() if p.is_dir()}
     assert folders - set(FAMILIES) == {"common"}

@@ -6,22 +6,12 @@
 #include <tuple>
 #include <vector>
 
-#include "common/checks.h"
+#include "common/head_checks.h"
 
 namespace gm {
 
 using Two = std::tuple<Tensor, Tensor>;
 using Three = std::tuple<Tensor, Tensor, Tensor>;
-
-static Heads heads_of(const Layout& layout, const char* name, const Tensor& x) {
-  layout.check_device(name, x);
-  const DType dtype = float_dtype(layout.op, name, x.scalar_type());
-  GM_CHECK(x.dim() == 4, layout.op, ": ", name, " must have shape [B, H, T, D], got ",
-           shape_text(x));
-  GM_CHECK(x.numel() == 0 || x.size(3) == 1 || x.stride(3) == 1, layout.op, ": ", name,
-           " must be contiguous along its last dimension; call .contiguous()");
-  return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), dtype};
-}
 
 // What each query sees, and the scratch that args point into.
 struct Ranges {

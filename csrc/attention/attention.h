@@ -2,19 +2,12 @@
 // gmkernels/ops/attention/reference.py; the names are the same there and here.
 #pragma once
 
-#include "common/dtype.h"
+#include "common/heads.h"
 #include "common/isa.h"
 
 namespace gm {
 
 constexpr int kTile = 64;  // queries of a task: lanes of vectors run over them
-
-// [B, H, T, D] at any strides, in elements, but contiguous along D. data is null where absent.
-struct Heads {
-  const void* data = nullptr;
-  int64_t batch = 0, head = 0, row = 0;
-  DType dtype = DType::f32;
-};
 
 // One call. Query i of batch b sees the keys [lo, hi) of [b * range_stride + i], both of which
 // never decrease with i, but for those where key_mask is false.
@@ -39,9 +32,6 @@ struct AttentionArgs {
   int64_t group() const { return heads / kv_heads; }
   int64_t tiles() const { return (queries + kTile - 1) / kTile; }
 };
-
-// D padded to whole vectors of every object.
-inline int64_t padded(int64_t width) { return (width + 15) / 16 * 16; }
 
 struct AttentionTable {
   // Tasks of the forward: a tile of queries each, tiles() of each (batch, head).

@@ -8,10 +8,6 @@
 namespace gm {
 namespace GM_ISA {
 
-constexpr float kHidden = -1e30f;  // stands for -inf, so that differences stay finite
-constexpr float kLog2E = 1.44269504088896341f;
-constexpr float kLn2 = 0.693147180559945309f;
-
 // What queries [i, i + n) of a tile see: [low, high) of each lane, empty for lanes from n on.
 struct Tile {
   int64_t b, h, i, n;
@@ -188,8 +184,6 @@ struct Running {
     }
   }
 };
-
-static inline vf larger(vf a, vf b) { return select(a > b, a, b); }
 
 // Takes a block of scores in: s becomes probabilities against the new maximum. Returns whether what
 // was summed before must be multiplied by shrink.

@@ -87,6 +87,7 @@ GM_HD float scale_by_power(float x, float n) {
   const int32_t k = bits(n + 12582912.0f), half = k >> 1;
   return x * from_bits((half << 23) + 0x3f800000) * from_bits(((k - half) << 23) + 0x3f800000);
 }
+GM_HD float quotient(float a, float b) { return a / b; }
 GM_HD float fma(float a, float b, float c) {
 #if defined(__CUDA_ARCH__)
   return __fmaf_rn(a, b, c);

@@ -170,6 +170,19 @@ static inline vf scale_by_power(vf x, vf n) {
 #endif
 }
 
+// a / b to an ulp for normal b with a normal 1 / b: the divider is slow where a step of Newton's is
+// at hand.
+static inline float quotient(float a, float b) { return a / b; }
+static inline vf quotient(vf a, vf b) {
+#if defined(__AVX512F__)
+  const __m512 r = _mm512_rcp14_ps((__m512)b);
+  const __m512 q = _mm512_mul_ps((__m512)a, r);
+  return (vf)_mm512_fmadd_ps(_mm512_fnmadd_ps(q, (__m512)b, (__m512)a), r, q);
+#else
+  return a / b;
+#endif
+}
+
 // a * b + c: one rounding where the hardware has it, two in the portable object. Never in the
 // noise.
 static inline float fma(float a, float b, float c) {

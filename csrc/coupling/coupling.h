@@ -67,7 +67,7 @@ GM_HD Scaling<F> scaling(F u, float clamp, float inverse_clamp) {
     const auto below = v < 0.0f;
     const F e = exp(select(below, v, -v));  // exp(-|v|)
     const F log_s = select(below, v, splat<F>(0.0f)) - log1p_unit(e);
-    const F r = 1.0f / (e + 1.0f);
+    const F r = quotient(splat<F>(1.0f), e + 1.0f);
     const F s = select(below, e * r, r), slope = select(below, r, e * r);
     if constexpr (kInverse) return {log_s, select(below, 1.0f / e, e) + 1.0f, slope};
     return {log_s, s, slope};

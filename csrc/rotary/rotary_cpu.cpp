@@ -88,52 +88,83 @@ static void rotary_embedding(const RotaryArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-// body(row, x's offset, dy's offset) for rows [begin, end) in the order of the output.
+// Up to kLanes rows, by where they begin.
+struct Rows {
+  int count;
+  int64_t y[kLanes], x[kLanes], dy[kLanes];
+};
+
+// body(rows) for rows [begin, end), every head of a token before the next token: so a part of
+// [B, T, 3 H D] is read in one piece.
 template <class Body>
 static void for_rows(const RmsNormArgs& a, int64_t begin, int64_t end, Body body) {
   const HeadSizes& z = a.sizes;
-  int64_t t = begin % z.tokens, h = begin / z.tokens % z.heads, b = begin / z.tokens / z.heads;
-  for (int64_t row = begin; row < end; ++row) {
-    body(row, b * a.x.batch + h * a.x.head + t * a.x.token,
-         b * a.dy.batch + h * a.dy.head + t * a.dy.token);
-    if (++t == z.tokens) {
-      t = 0;
-      if (++h == z.heads) h = 0, ++b;
+  int64_t h = begin % z.heads, t = begin / z.heads % z.tokens, b = begin / z.heads / z.tokens;
+  Rows rows;
+  for (int64_t row = begin; row < end;) {
+    for (rows.count = 0; rows.count < kLanes && row < end; ++rows.count, ++row) {
+      rows.y[rows.count] = ((b * z.heads + h) * z.tokens + t) * z.width;
+      rows.x[rows.count] = b * a.x.batch + h * a.x.head + t * a.x.token;
+      rows.dy[rows.count] = b * a.dy.batch + h * a.dy.head + t * a.dy.token;
+      if (++h < z.heads) continue;
+      h = 0;
+      if (++t == z.tokens) t = 0, ++b;
     }
+    body(rows);
   }
 }
 
-static float inverse_root(const RmsNormArgs& a, double sum) {
-  return (float)(1.0 / __builtin_sqrt(sum / (double)a.sizes.width + (double)a.eps));
-}
+// One sum for each of kLanes rows, whose lanes come one row after another.
+struct RowSums {
+  alignas(64) float lanes[kLanes * kLanes] = {};
+  void add(int row, const BlockSum& sum) {
+    float* to = lanes + row * kLanes;
+    store<vf>(to, load<vf>(to) + sum.lanes);
+    to[0] += sum.tail;
+  }
+  vf mean(int64_t n) const {
+    vf total{};
+    for (int j = 0; j < kLanes; j += 4) {
+      vf x[4];
+      load_columns4(lanes + j, kLanes, x);
+      total += (x[0] + x[1]) + (x[2] + x[3]);
+    }
+    return total / splat<vf>((float)n);
+  }
+};
 
 template <bool kWeight>
 static void normalise(const RmsNormArgs& a, int64_t begin, int64_t end) {
-  for_rows(a, begin, end, [&](int64_t row, int64_t x_at, int64_t) {
+  const int64_t width = a.sizes.width;
+  for_rows(a, begin, end, [&](const Rows& rows) {
     Buffer buffers[2];
-    double sum = 0.0;
-    for_blocks(0, a.sizes.width, [&](int64_t at, int64_t n) {
-      const float* x = load_at(a.x, x_at + at, n, buffers[0]);
-      BlockSum squares;
-      for_vectors(n, [&](auto lane, int64_t i) {
-        using F = decltype(lane);
-        const F v = load<F>(x + i);
-        squares.add(v * v);
+    RowSums sums;
+    for (int k = 0; k < rows.count; ++k) {
+      for_blocks(0, width, [&](int64_t at, int64_t n) {
+        const float* x = load_at(a.x, rows.x[k] + at, n, buffers[0]);
+        BlockSum squares;
+        for_vectors(n, [&](auto lane, int64_t i) {
+          using F = decltype(lane);
+          const F v = load<F>(x + i);
+          squares.add(v * v);
+        });
+        sums.add(k, squares);
       });
-      sum += squares.total();
-    });
-    const float r = inverse_root(a, sum);
-    for_blocks(0, a.sizes.width, [&](int64_t at, int64_t n) {
-      const float* x = load_at(a.x, x_at + at, n, buffers[0]);
-      const int64_t out = row * a.sizes.width + at;
-      const Out y = open_block(a.y, 0, out, buffers[1]);
-      for_vectors(n, [&](auto lane, int64_t i) {
-        using F = decltype(lane);
-        const F v = load<F>(x + i) * r;
-        put<F>(y, i, kWeight ? v * load<F>(a.weight + at + i) : v);
+    }
+    const vf roots = 1.0f / sqrt_ieee(sums.mean(width) + a.eps);
+    for (int k = 0; k < rows.count; ++k) {
+      const float r = roots[k];
+      for_blocks(0, width, [&](int64_t at, int64_t n) {
+        const float* x = load_at(a.x, rows.x[k] + at, n, buffers[0]);
+        const Out y = open_block(a.y, 0, rows.y[k] + at, buffers[1]);
+        for_vectors(n, [&](auto lane, int64_t i) {
+          using F = decltype(lane);
+          const F v = load<F>(x + i) * r;
+          put<F>(y, i, kWeight ? v * load<F>(a.weight + at + i) : v);
+        });
+        close_block(a.y, 0, rows.y[k] + at, n, buffers[1]);
       });
-      close_block(a.y, 0, out, n, buffers[1]);
-    });
+    }
   });
 }
 
@@ -143,43 +174,49 @@ static void rms_norm(const RmsNormArgs& a, int64_t begin, int64_t end) {
 
 template <bool kWeight>
 static void normalise_backward(const RmsNormArgs& a, int64_t begin, int64_t end, float* dweight) {
-  for_rows(a, begin, end, [&](int64_t row, int64_t x_at, int64_t dy_at) {
+  const int64_t width = a.sizes.width;
+  const auto scaled = [&](auto lane, const float* dy, int64_t at, int64_t i) {
+    using F = decltype(lane);
+    return kWeight ? load<F>(dy + i) * load<F>(a.weight + at + i) : load<F>(dy + i);
+  };
+  for_rows(a, begin, end, [&](const Rows& rows) {
     Buffer buffers[3];
-    double sum = 0.0, product = 0.0;
-    const auto scaled = [&](auto lane, const float* dy, int64_t at, int64_t i) {
-      using F = decltype(lane);
-      return kWeight ? load<F>(dy + i) * load<F>(a.weight + at + i) : load<F>(dy + i);
-    };
-    for_blocks(0, a.sizes.width, [&](int64_t at, int64_t n) {
-      const float* x = load_at(a.x, x_at + at, n, buffers[0]);
-      const float* dy = load_at(a.dy, dy_at + at, n, buffers[1]);
-      BlockSum squares, products;
-      for_vectors(n, [&](auto lane, int64_t i) {
-        using F = decltype(lane);
-        const F v = load<F>(x + i);
-        squares.add(v * v);
-        products.add(v * scaled(lane, dy, at, i));
+    RowSums sums, sums_of_products;
+    for (int k = 0; k < rows.count; ++k) {
+      for_blocks(0, width, [&](int64_t at, int64_t n) {
+        const float* x = load_at(a.x, rows.x[k] + at, n, buffers[0]);
+        const float* dy = load_at(a.dy, rows.dy[k] + at, n, buffers[1]);
+        BlockSum squares, products;
+        for_vectors(n, [&](auto lane, int64_t i) {
+          using F = decltype(lane);
+          const F v = load<F>(x + i);
+          squares.add(v * v);
+          products.add(v * scaled(lane, dy, at, i));
+        });
+        sums.add(k, squares);
+        sums_of_products.add(k, products);
       });
-      sum += squares.total();
-      product += products.total();
-    });
-    const float r = inverse_root(a, sum);
-    const float c = (float)((double)r * (double)r * product / (double)a.sizes.width);
-    for_blocks(0, a.sizes.width, [&](int64_t at, int64_t n) {
-      const float* x = load_at(a.x, x_at + at, n, buffers[0]);
-      const float* dy = load_at(a.dy, dy_at + at, n, buffers[1]);
-      const int64_t out = row * a.sizes.width + at;
-      const Out dx = open_block(a.dx, 0, out, buffers[2]);
-      for_vectors(n, [&](auto lane, int64_t i) {
-        using F = decltype(lane);
-        const F v = load<F>(x + i);
-        put<F>(dx, i, (scaled(lane, dy, at, i) - v * c) * r);
-        if (dweight) {
-          store<F>(dweight + at + i, fma(load<F>(dy + i), v * r, load<F>(dweight + at + i)));
-        }
+    }
+    const vf roots = 1.0f / sqrt_ieee(sums.mean(width) + a.eps);
+    const vf factors = roots * roots * sums_of_products.mean(width);
+    for (int k = 0; k < rows.count; ++k) {
+      const float r = roots[k], c = factors[k];
+      for_blocks(0, width, [&](int64_t at, int64_t n) {
+        const float* x = load_at(a.x, rows.x[k] + at, n, buffers[0]);
+        const float* dy = load_at(a.dy, rows.dy[k] + at, n, buffers[1]);
+        const Out dx = open_block(a.dx, 0, rows.y[k] + at, buffers[2]);
+        for_vectors(n, [&](auto lane, int64_t i) {
+          using F = decltype(lane);
+          const F v = load<F>(x + i);
+          put<F>(dx, i, (scaled(lane, dy, at, i) - v * c) * r);
+          if (dweight) {
+            float* sum = dweight + at + i;
+            store<F>(sum, fma(load<F>(dy + i), v * r, load<F>(sum)));
+          }
+        });
+        close_block(a.dx, 0, rows.y[k] + at, n, buffers[2]);
       });
-      close_block(a.dx, 0, out, n, buffers[2]);
-    });
+    }
   });
 }
 

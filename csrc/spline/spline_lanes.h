@@ -97,13 +97,15 @@ static inline void store_joint(const SplineArgs& a, int bins, int64_t row, int64
   }
 }
 
-// exp(raw - max) in place of raw; gives their sum.
+// exp(raw - max) in place of raw; gives their sum. Far below the sum, where exp2's argument has
+// lost digits, an error does not count. The bound is for -inf.
 static inline vf exponentials(vf* raw, int bins) {
   vf top = raw[0];
   for (int k = 1; k < bins; ++k) top = select(raw[k] > top, raw[k], top);
   vf sum = vf{};
   for (int k = 0; k < bins; ++k) {
-    raw[k] = exp(raw[k] - top);
+    const vf power = (raw[k] - top) * 1.44269504088896341f;
+    raw[k] = exp2_nonpositive(max_keeping_nan(power, -150.0f));
     sum += raw[k];
   }
   return sum;

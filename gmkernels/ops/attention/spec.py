@@ -254,9 +254,9 @@ OPS = (
         cases=(*CASES, *_PACKED, *_WINDOWS),
         benchmarks=(
             Benchmark("forward", _GPT, headline=True),
-            Benchmark("forward bf16", _GPT, dtype=_BF16, headline=True),
+            Benchmark("forward bf16", _GPT, dtype=_BF16),
             Benchmark("forward+backward", _GPT, backward=True, headline=True),
-            Benchmark("forward+backward bf16", _GPT, dtype=_BF16, backward=True, headline=True),
+            Benchmark("forward+backward bf16", _GPT, dtype=_BF16, backward=True),
             *(Benchmark(f"forward {case.name}", case) for case in _SIZES),
             *(Benchmark(f"forward bf16 {case.name}", case, dtype=_BF16) for case in _SIZES),
             *(Benchmark(f"forward+backward {c.name}", c, backward=True) for c in _SIZES),

@@ -6,19 +6,11 @@ Heads are [B, H, T, D] at strides of a batch, a head and a row; D is contiguous,
 import triton
 import triton.language as tl
 
-from gmkernels.triton_common import exp_tail
+from gmkernels.triton_common import tanh
 
 HIDDEN = tl.constexpr(-1e30)  # stands for -inf, so that differences stay finite
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def tanh(x):
-    """tanh(x), to full relative accuracy near 0."""
-    y = 2.0 * tl.minimum(tl.maximum(x, -20.0, tl.PropagateNan.ALL), 20.0, tl.PropagateNan.ALL)
-    excess = tl.where(tl.abs(y) < 0.34, y + y * y * exp_tail(y), tl.exp(y) - 1.0)
-    return excess / (excess + 2.0)
 
 
 @triton.jit

@@ -4,32 +4,11 @@ import triton
 import triton.language as tl
 
 from gmkernels.ops.coupling import reference
-from gmkernels.triton_common import load_tile, log1p_unit
+from gmkernels.triton_common import load_tile, log1p_unit, tanh
 
 _ADDITIVE = tl.constexpr(reference.SCALES.index("additive"))
 _EXP = tl.constexpr(reference.SCALES.index("exp"))
 _TANH = tl.constexpr(reference.SCALES.index("tanh"))
-_TANH_TAIL = tl.constexpr(
-    (
-        -0.0058998968452215195,
-        0.020800143480300903,
-        -0.05378509685397148,
-        0.13331939280033112,
-        -0.33333298563957214,
-    )
-)
-
-
-@triton.jit
-def tanh(x):
-    """tanh x to an ulp and a half: x + x^3 P(x^2) below 0.6, else 1 - 2 / (exp(2 |x|) + 1)."""
-    a = tl.abs(x)
-    s = x * x
-    p = tl.fma(s, _TANH_TAIL[0], _TANH_TAIL[1])
-    for j in tl.static_range(2, 5):
-        p = tl.fma(p, s, _TANH_TAIL[j])
-    far = 1.0 - 2.0 / (tl.exp(a * 2.0) + 1.0)
-    return tl.where(a < 0.6, tl.fma(p * s, x, x), tl.where(x < 0.0, -far, far))
 
 
 @triton.jit

@@ -1,3 +1,11 @@
-"""No C++ kernel yet."""
+"""Fakes of the operators of csrc/decode; the backward is plain PyTorch."""
 
-DEVICES: dict[str, tuple[str, ...]] = {}
+import torch
+
+from gmkernels import dispatch
+from gmkernels.ops.decode import outputs
+
+DEVICES = {"decode_attention": dispatch.native_devices(cuda=False)}
+
+torch.library.register_fake("gmkernels::decode_attention_forward", outputs.decode_attention_forward)
+dispatch.define("gmkernels", outputs.decode_attention_backward, outputs.fake_backward)

@@ -30,6 +30,7 @@ query and a key that it sees, so with T H / H_kv below about 10 the call is as f
 read. Eager PyTorch reads the whole capacity, and moves B H T S scores several times.
 
 Numerics. q, k and v are taken to float32 exactly; scores, maxima, sums and outputs are float32.
+Only where a GPU multiplies four rows of queries or more in 16 bits, p is rounded to these once.
 
 Edge cases: a length outside [0, S] counts as the nearer end. A query that sees no key (a length of
 0, or below T for the first queries) has o = 0 and no gradient. What no query of a row sees is never

@@ -234,7 +234,7 @@ OPS = (
         cases=CASES,
         benchmarks=(
             Benchmark("forward", _IMAGES, headline=True),
-            Benchmark("forward, eps given", _IMAGES_EPS, headline=True, eager_eps=True),
+            Benchmark("forward, eps given", _IMAGES_EPS, eager_eps=True),
             Benchmark("forward bf16", _IMAGES, dtype=torch.bfloat16),
             Benchmark("forward latents", _LATENTS),
             Benchmark("forward channels_last", _CHANNELS_LAST),
@@ -285,13 +285,7 @@ OPS = (
         cases=(*CASES, *_TYPES, *_WEIGHTS),
         benchmarks=(
             Benchmark("forward+backward", _IMAGES, backward=True, headline=True),
-            Benchmark(
-                "forward+backward, eps given",
-                _IMAGES_EPS,
-                backward=True,
-                headline=True,
-                eager_eps=True,
-            ),
+            Benchmark("forward+backward, eps given", _IMAGES_EPS, backward=True, eager_eps=True),
             Benchmark("forward+backward v_prediction", _IMAGES_V, backward=True),
             Benchmark("forward", _IMAGES),
         ),

@@ -187,8 +187,7 @@ def _row(
     timed = {"step": 4, **(options or {})}
     images = Case("256x3x64x64", "large", _IMAGES, timed)
     given = Case("256x3x64x64, eps given", "large", _IMAGES, {**timed, "eps": True})
-    first = name in ("ddpm", "ddim")
-    twins = (Benchmark("step, eps given", given, headline=name == "ddim", eager_eps=True),)
+    twins = (Benchmark("step, eps given", given, eager_eps=True),)
     return Op(
         name=f"{name}_step",
         family="diffusion_step",
@@ -198,7 +197,7 @@ def _row(
         inputs=functools.partial(_inputs, name=name),
         cases=(*_SHAPES, *(_EPS if noisy else ()), *cases),
         benchmarks=(
-            Benchmark("step", images, headline=first),
+            Benchmark("step", images, headline=name == "ddim"),
             *(twins if noisy else ()),
             *benchmarks,
         ),
@@ -263,7 +262,7 @@ OPS = (
                 headline=True,
             ),
             Benchmark("step guided", Case("256x3x64x64 guided", "large", _IMAGES, _GUIDED)),
-            Benchmark("step, one latent", _LATENT, headline=True),
+            Benchmark("step, one latent", _LATENT),
             Benchmark("step, 16 latents", Case("16x4x64x64", "large", (16, 4, 64, 64), _STEP)),
         ),
     ),

@@ -169,7 +169,7 @@ OPS = (
         ),
         benchmarks=(
             Benchmark("forward", _BIG, headline=True),
-            Benchmark("forward+backward", _BIG, backward=True, headline=True),
+            Benchmark("forward+backward", _BIG, backward=True),
             Benchmark("forward, eps given", _BIG_EPS, headline=True, eager_eps=True),
             Benchmark("forward+backward, eps given", _BIG_EPS, backward=True, eager_eps=True),
             Benchmark("forward bf16", _BIG, dtype=torch.bfloat16),

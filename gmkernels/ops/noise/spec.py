@@ -94,7 +94,7 @@ OPS = (
         eager=eager_uniform,
         inputs=inputs,
         cases=CASES,
-        benchmarks=(Benchmark("4096x1024", _BIG, headline=True),),
+        benchmarks=(Benchmark("4096x1024", _BIG),),
         bytes=_bytes,
         flops=lambda case: 2 * math.prod(case.shape),
         source="Salmon et al. 2011",

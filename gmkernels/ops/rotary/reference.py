@@ -20,6 +20,9 @@ Bytes, N = B H T D elements: 2 N forward and 2 N backward of a rotation (the tab
 once for all heads), 2 N and 3 N of rms_norm. Eager PyTorch moves about 10 N for a rotation (halves,
 negation, concatenation, two products, a sum) and 6 N for rms_norm in parts. Flops: 3 and 4 an
 element.
+Not fused into attention: at B 4, H 8, T 1024, D 64 on a CPU, turning q and k takes 2 to 5 % of the
+causal forward, rms_norm of both 4 to 7 %. A prologue inside would save one pass over q and k, but
+turn each key again for each tile of queries, and once more in the backward.
 
 Numerics. Angles are float64, so the table is right to half an ulp of float32 at every place;
 n theta in float32 would be wrong by 6e-8 n radians, 0.004 at n = 65536. All sums are float32,

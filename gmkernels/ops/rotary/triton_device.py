@@ -31,7 +31,7 @@ def rotary_kernel(
     sign,  # -1 turns back
     GIVEN: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-    P: tl.constexpr,  # all pairs
+    C: tl.constexpr,  # all pairs
     REST: tl.constexpr,  # all features that pass, or 0
     R: tl.constexpr,
 ):
@@ -44,7 +44,7 @@ def rotary_kernel(
     if GIVEN:
         at = row // tokens // heads * position_stride + place
         place = tl.load(position_ptr + at, mask=inside, other=0)
-    i = tl.arange(0, P)[None, :]
+    i = tl.arange(0, C)[None, :]
     mask = inside & (i < half)
     known = mask & (place >= 0) & (place < places)
     c = tl.load(cos_ptr + place * half + i, mask=known, other=float("nan"))

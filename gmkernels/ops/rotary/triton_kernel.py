@@ -25,7 +25,7 @@ def _turn(
     heads, tokens, width = x.shape[1:]
     places, half = cos.shape
     rows, rest = x.numel() // max(width, 1), width - 2 * half
-    r, p = tile(rows, half)
+    r, c = tile(rows, half)
     y = outputs.rotary_embedding_forward(x, cos, sin, positions, interleaved)
     launch(
         rotary_kernel,
@@ -46,7 +46,7 @@ def _turn(
         sign,
         GIVEN=positions is not None,
         INTERLEAVED=interleaved,
-        P=max(p, triton.next_power_of_2(max(half, 1))),
+        C=max(c, triton.next_power_of_2(max(half, 1))),
         REST=triton.next_power_of_2(rest) if rest else 0,
         R=r,
     )
