@@ -18,7 +18,7 @@ from torch import Tensor
 import gmkernels
 from benchmarks.sides import COMPILED, EAGER, OURS, OURS_COMPILED, SEED, Side, compiled
 from gmkernels import data, registry, train
-from gmkernels.models import gpt2, image_diffusion, vae
+from gmkernels.models import autoregressive, gpt2, image_diffusion, vae
 from gmkernels.models.gpt import GPT, Sizes
 
 REFERENCE = "reference backend"
@@ -115,6 +115,7 @@ def _writing(n: int) -> ModelStep:
 MODEL_STEPS = (
     ModelStep("VAE", "digits, batch of 100", vae.digits_vae, _digits, headline=True),
     ModelStep("diffusion U-Net", "digits, batch of 100", _digits_diffusion, _digits, headline=True),
+    ModelStep("MADE", "digits, batch of 100", lambda: autoregressive.MADE(64, 17), _digits),
     ModelStep(
         "diffusion U-Net",
         "digits, 64 by 50 DDIM steps",

@@ -114,5 +114,11 @@ def parser(train: Prepare, sample: Prepare) -> Parser:
     draw.add_argument("--temperature", type=_number, help="of a text, 0 is the likeliest")
     draw.add_argument("--top-k", type=_count, help="only the likeliest tokens, this many")
     draw.add_argument("--top-p", type=_number, help="only the likeliest, of this mass in all")
+    draw.add_argument(
+        "--complete",
+        action="store_true",
+        default=None,
+        help="draw the lower halves of test pictures, by a model that can",
+    )
     draw.add_argument("--out", type=Path, help="a .png file; of texts a .txt, or none to print")
     return parser

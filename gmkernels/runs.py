@@ -117,7 +117,8 @@ def sample(config: Config, model: Any, n: int, seed: noise.Seed, **options: Any)
     translates is given n pictures of the test part, chosen by the seed; ValueError if there are
     fewer.
     options: of the model's sample(): label, guidance, sampler, steps; of text prompt, a string (a
-        new line, where the vocabulary has it), tokens (500), temperature, top_k, top_p.
+        new line, where the vocabulary has it), tokens (500), temperature, top_k, top_p. Where
+        complete is true, the first n test pictures, the lower half of each drawn.
     """
     if config.vocabulary:
         begin = "\n" if "\n" in config.vocabulary else config.vocabulary[0]
@@ -126,6 +127,8 @@ def sample(config: Config, model: Any, n: int, seed: noise.Seed, **options: Any)
         return model.sample(n, seed=seed, prompt=prompt, **options).cpu()
     if config.recipe.translates:
         x = model.sample(_test_rows(config, model, n, seed)).float()
+    elif options.pop("complete", False):
+        x = model.complete(_upper_halves(config, n), seed=seed, **options).float()
     else:
         x = model.sample(n, seed=seed, **options).float()
     if not config.levels:
@@ -142,6 +145,14 @@ def _test_rows(config: Config, model: Any, n: int, seed: noise.Seed) -> Tensor:
     key = noise.resolve_key("sample", seed, 0, None, torch.device("cpu"))
     index = data.batch_indices(len(images.test), n, seed=key, step=0)
     return model_input(config, model, images, images.test[index])
+
+
+def _upper_halves(config: Config, n: int) -> Tensor:
+    """Of the first n test pictures, [n, D / 2]. Raises ValueError if there are not as many."""
+    x = data.load(config.data).test
+    if n > len(x):
+        raise ValueError(f"--n must be at most the {len(x)} test pictures to complete, got {n}")
+    return x[:n, : config.height // 2 * config.width].to(config.device).long()
 
 
 def save_samples(path: Path, config: Config, model: Any, x: Tensor, **options: Any) -> None:

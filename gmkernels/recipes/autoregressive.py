@@ -10,7 +10,7 @@ from gmkernels.models.autoregressive import MADE, NADE
 from gmkernels.models.gpt import GPT, Sizes
 from gmkernels.models.image_gpt import TokenImages
 from gmkernels.models.recurrent import RNN
-from gmkernels.recipes.recipe import LABEL, WRITES, Recipe
+from gmkernels.recipes.recipe import CHOICE, LABEL, WRITES, Recipe
 
 
 def _orders(features: int, count: int) -> list[list[int]]:
@@ -104,18 +104,19 @@ def _nats(model: Any, x: Tensor, key: Tensor) -> Tensor:
     return -model.log_prob(x)
 
 
+_PIXELS = LABEL | CHOICE | {"complete"}
 RECIPES = {
     "made": Recipe(made, _nats, defaults={"steps": 3000, "every": 500}),
     "nade": Recipe(nade, _nats, defaults={"steps": 1000, "every": 250}),
     "image_gpt": Recipe(
         image_gpt,
         _nats,
-        asks=LABEL,
+        asks=_PIXELS,
         betas=(0.9, 0.99),
         defaults={"steps": 800, "batch_size": 50, "lr": 3e-3, "weight_decay": 0.1},
     ),
     "pixel_rnn": Recipe(
-        pixel_rnn, _nats, asks=LABEL, defaults={"steps": 1000, "lr": 5e-3, "every": 250}
+        pixel_rnn, _nats, asks=_PIXELS, defaults={"steps": 1000, "lr": 5e-3, "every": 250}
     ),
     "rnn": Recipe(
         rnn,

@@ -19,10 +19,12 @@ FLAGS = {
     "temperature": "--temperature",
     "top_k": "--top-k",
     "top_p": "--top-p",
+    "complete": "--complete",
 }  # what sample() may be asked for, by its keyword
 LABEL = frozenset({"label"})
 GUIDED = LABEL | {"sampler", "steps", "guidance"}
-WRITES = frozenset({"prompt", "tokens", "temperature", "top_k", "top_p"})
+CHOICE = frozenset({"temperature", "top_k", "top_p"})
+WRITES = CHOICE | {"prompt", "tokens"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +39,8 @@ class Recipe:
         kinds: of the data that it models; build is given levels=0 for points. Of text, levels are
             its characters, x is [B, T + 1] ids with T the option context, score the sum over the
             T that follow another, and sample() takes prompt= (ids) and tokens=.
-        asks: keywords of sample() beyond n and seed, of FLAGS. With "label", loss() takes label=
+        asks: keywords of sample() beyond n and seed, of FLAGS; "complete" is a verb of the model,
+            complete(known pixels [n, K], seed=, ...). With "label", loss() takes label=
             too, unless the option classes is 0; then neither label nor text may be asked for.
         first: a part of the model that is trained alone, by its own loss(x, seed=), in the first
             `share` of the steps; then model.measure_scale(train images, seed=) ends that stage.
