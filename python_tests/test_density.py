@@ -157,6 +157,20 @@ def test_mixture_is_scikit_learns(covariance):
     assert model.bic(x) == pytest.approx(theirs.bic(x), rel=1e-9)
 
 
+def test_the_best_start_wins():
+    """The first start of several is the only one of starts=1."""
+    x, gains = iris(), []
+    for seed in range(4):
+        models = [GaussianMixture(4, 5, covariance="diagonal").double() for _ in range(2)]
+        one, many = (
+            m.fit(x, starts=n, seed=seed, tolerance=1e-3).score(x)
+            for m, n in zip(models, (1, 4), strict=True)
+        )
+        gains.append(many - one)
+    assert min(gains) >= 0
+    assert max(gains) > 0.01
+
+
 @pytest.mark.parametrize("covariance", mixture.COVARIANCES)
 def test_a_step_of_em_never_lowers_the_likelihood(covariance):
     x = iris()
