@@ -264,7 +264,8 @@ def mmd(x: Tensor, y: Tensor, *, bandwidth: float | None = None, unbiased: bool 
     _check_points("mmd", x, y, 2 if unbiased else 1)
     distances = [torch.cdist(a, b, compute_mode=_EXACT) for a, b in ((x, x), (y, y), (x, y))]
     if bandwidth is None:
-        pairs = [d.detach().triu(1)[torch.ones_like(d).triu(1) > 0] for d in distances[:2]]
+        above = [torch.ones_like(d, dtype=torch.bool).triu(1) for d in distances[:2]]
+        pairs = [d.detach()[mask] for d, mask in zip(distances[:2], above, strict=True)]
         bandwidth = float(torch.cat([*pairs, distances[2].detach().flatten()]).median())
     if not 0 < bandwidth < math.inf:
         raise ValueError(f"mmd: bandwidth must be a finite number > 0, got {bandwidth}; set it")

@@ -84,6 +84,7 @@ def test_histogram_samples(shift, dtype):
     close(again.log_p.exp(), model.log_p.exp().view(5, 300).sum(1), 0.02)
     inside = ((drawn - model.low) / (model.high - model.low))[:, 0] * 5 % 1
     assert abs(float(inside.mean()) - 0.5) < 0.02, "uniform inside a bin"
+    assert abs(float(inside.var()) * 12 - 1) < 0.05
     assert torch.equal(model.sample(4, seed=noise.key(3, offset=5)), drawn[5:9])
 
 
@@ -156,6 +157,20 @@ def test_mixture_is_scikit_learns(covariance):
     assert model.bic(x) == pytest.approx(theirs.bic(x), rel=1e-9)
 
 
+def test_the_best_start_wins():
+    """The first start of several is the only one of starts=1."""
+    x, gains = iris(), []
+    for seed in range(4):
+        models = [GaussianMixture(4, 5, covariance="diagonal").double() for _ in range(2)]
+        one, many = (
+            m.fit(x, starts=n, seed=seed, tolerance=1e-3).score(x)
+            for m, n in zip(models, (1, 4), strict=True)
+        )
+        gains.append(many - one)
+    assert min(gains) >= 0
+    assert max(gains) > 0.01
+
+
 @pytest.mark.parametrize("covariance", mixture.COVARIANCES)
 def test_a_step_of_em_never_lowers_the_likelihood(covariance):
     x = iris()
@@ -183,6 +198,11 @@ def test_mixture_density_and_samples(covariance):
     drawn = model.sample(20_000, seed=5)
     mean = p @ grid
     close(drawn.mean(0), mean, 0.1)
+    inside = [drawn[model.predict(drawn) == k] for k in range(2)]  # far apart
+    for points, factor in zip(inside, model.factor.expand(2, *model.factor.shape[1:]), strict=True):
+        root = factor if factor.dim() == 2 else factor.expand(2).diag()
+        spread = root @ root.T
+        close(points.T.cov() / spread.diagonal().mean(), spread / spread.diagonal().mean(), 0.06)
     close(drawn.T.cov() / ((grid - mean).T * p @ (grid - mean)), torch.ones(2, 2), 0.06)
     assert torch.equal(model.sample(3, seed=noise.key(5, offset=9)), drawn[9:12])
 

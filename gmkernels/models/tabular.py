@@ -173,5 +173,6 @@ class Classifier(Fitted):
 
     def score(self, x: Tensor, y: Tensor) -> float:
         """The share of rows whose label is predicted."""
+        self.check("score", x)
         self.check_labels("score", x, y)
         return float((self.predict(x) == y).double().mean())
