@@ -193,6 +193,11 @@ def test_places_of_patches_matter_and_their_order_does_not():
     alone = model.predict(x[2:3], order[2:3])
     torch.testing.assert_close(model.predict(torch.cat([y[:2], x[2:]]), order)[2:3], alone)
     assert model.encode(x).shape == (6, 8)
+    prediction = model.predict(x, order)
+    places = torch.autograd.grad(prediction.sum(), (model.position, model.decoder_position))
+    assert all(place.abs().sum(1).gt(0).all() for place in places)
+    last = prediction.gather(1, order[:, -2:, None].expand(6, 2, 4))  # two hidden patches
+    assert (last[:, 0] - last[:, 1]).abs().max() > 1e-3
     moved = model.join(model.cut(x).flip(1))
     assert (model.encode(moved) - model.encode(x)).abs().max() > 1e-3
 

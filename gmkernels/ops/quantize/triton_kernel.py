@@ -122,7 +122,7 @@ def _blocks(x: Tensor) -> tuple[int, int, int, int]:
     """Rows, codes and columns of a tile, and warps."""
     piece = min(64, max(16, triton.next_power_of_2(x.shape[1])))
     if x.dtype == torch.float32:  # no tensor cores at full precision: small tiles
-        return 32, 64, 16, 4
+        return 32, 32, 16, 4
     return 64, 64, piece, 4
 
 
