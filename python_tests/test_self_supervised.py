@@ -220,6 +220,9 @@ def test_loss_falls(build):
         update = RECIPES["byol"].update if build is image_byol else train.training_step
         losses.append(float(update(model, optimizer, x, seed=key)))
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+    if build is image_byol:
+        first = small(build).target.state_dict()
+        assert all((p != first[name]).any() for name, p in model.target.named_parameters())
     assert all(map(math.isfinite, losses))
 
 

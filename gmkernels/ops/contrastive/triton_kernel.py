@@ -19,7 +19,7 @@ def _blocks(q: Tensor, backward: bool) -> tuple[int, int, int]:
     width = max(16, triton.next_power_of_2(q.shape[1]))
     if q.dtype == torch.float32:  # no tensor cores at full precision: small tiles
         return 16, 32, min(64, width)
-    return 32 if backward else 64, 32, min(128, width)
+    return 32 if backward or width > 128 else 64, 32, min(128, width)
 
 
 def _pairs(q: Tensor, k: Tensor | None) -> int:
