@@ -1,8 +1,8 @@
 """What self-supervised features are worth: `python -m benchmarks.representation_quality --run ...`.
 
 A logistic regression learns the digits' classes from features of the train digits, of all 1000 and
-of few labels a class (the mean of ten draws), and is judged on the 447 test digits. Features are the
-pixels, an untrained encoder's, and those of each run of `train simclr`, `byol` or `barlow_twins
+of few labels a class (the mean of ten draws), and is judged on the 447 test digits. Features are
+the pixels, an untrained encoder's, and those of each run of `train simclr`, `byol` or `barlow_twins
 --data digits`; each kind is centred and scaled to mean square 1 by its train rows.
 
 Writes representation-quality.csv to --out (build/bench unless given).

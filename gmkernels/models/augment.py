@@ -8,7 +8,7 @@ from gmkernels import noise
 
 
 class Augment:
-    """A random view of each picture: moved, turned, scaled, partly erased, brighter or darker, noisy.
+    """A random view of each picture: moved, turned, scaled, lighter or darker, erased, noisy.
 
     Args:
         height, width: of the pictures.

@@ -1,5 +1,6 @@
 """Encoders of small square grey pictures in the models of self_supervised.py, for the commands."""
 
+import itertools
 import math
 
 from torch import nn
@@ -11,7 +12,7 @@ from gmkernels.models.self_supervised import BYOL, BarlowTwins, SimCLR
 def _layers(*widths: int) -> nn.Sequential:
     """Linear layers with batch norm and ReLU between them."""
     made: list[nn.Module] = []
-    for inputs, outputs in zip(widths, widths[1:], strict=False):
+    for inputs, outputs in itertools.pairwise(widths):
         made += [nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs), nn.ReLU()]
     return nn.Sequential(*made[:-2])
 

@@ -196,14 +196,14 @@ class BYOL(_TwoViews):
             targets = [self.target(view) for view in views]
         predictions = [self.predictor(self.embed(view)) for view in views]
         both = zip(predictions, reversed(targets), strict=True)
-        cosines = sum(F.cosine_similarity(q.float(), z.float()) for q, z in both)
-        return 4 - 2 * cosines
+        cosines = [F.cosine_similarity(q.float(), z.float()) for q, z in both]
+        return 4 - 2 * (cosines[0] + cosines[1])
 
     @torch.no_grad()
     def update(self) -> None:
         """xi <- decay xi + (1 - decay) theta."""
-        online = nn.Sequential(self.encoder, self.projector).parameters()
-        for slow, fast in zip(self.target.parameters(), online, strict=True):
+        theta = [p for n, p in self.named_parameters() if n.startswith(("encoder.", "projector."))]
+        for slow, fast in zip(self.target.parameters(), theta, strict=True):
             slow.lerp_(fast, 1 - self.decay)
 
 

@@ -125,11 +125,11 @@ _SIZES = tuple(
 )
 
 
-def _benchmarks(case: Case, headline: bool) -> tuple[Benchmark, ...]:
+def _benchmarks(case: Case) -> tuple[Benchmark, ...]:
     bf16 = torch.bfloat16
     return (
         Benchmark("forward", case),
-        Benchmark("forward+backward", case, backward=True, headline=headline),
+        Benchmark("forward+backward", case, backward=True, headline=True),
         Benchmark("forward+backward bf16", case, dtype=bf16, backward=True),
         *(Benchmark(f"forward+backward {c.name}", c, backward=True) for c in _SIZES),
     )
@@ -144,7 +144,7 @@ OPS = (
         eager=eager_nt_xent,
         inputs=inputs,
         cases=CASES,
-        benchmarks=_benchmarks(_SIMCLR, True),
+        benchmarks=_benchmarks(_SIMCLR),
         bytes=bytes_,
         flops=lambda case: 2 * (2 * case.shape[0]) ** 2 * case.shape[1],
         source="Chen et al. 2020, eq. 1",
@@ -162,7 +162,7 @@ OPS = (
         eager=eager_info_nce,
         inputs=inputs,
         cases=(*CASES, Case("one_way", "keyword", (6, 12), {"symmetric": False})),
-        benchmarks=_benchmarks(_SIMCLR, False),
+        benchmarks=_benchmarks(_SIMCLR),
         bytes=bytes_,
         flops=lambda case: 2 * case.shape[0] ** 2 * case.shape[1],
         source="van den Oord et al. 2018, eq. 4; Radford et al. 2021, figure 3",

@@ -14,12 +14,12 @@ DEVICES = {"contrastive": _DEVICES}
 Side = tuple[Tensor, Tensor] | None  # log-sum-exps of rows and their gradients
 
 
-def _blocks(q: Tensor) -> tuple[int, int, int]:
+def _blocks(q: Tensor, backward: bool) -> tuple[int, int, int]:
     """Rows, others and columns of a tile: what fits registers and shared memory."""
     width = max(16, triton.next_power_of_2(q.shape[1]))
     if q.dtype == torch.float32:  # no tensor cores at full precision: small tiles
-        return 32, 32, min(64, width)
-    return 64, 64, min(128, width)
+        return 16, 32, min(64, width)
+    return 32 if backward or width > 128 else 64, 32, min(128, width)
 
 
 def _pairs(q: Tensor, k: Tensor | None) -> int:
@@ -27,7 +27,7 @@ def _pairs(q: Tensor, k: Tensor | None) -> int:
 
 
 def _forward(own: Tensor, other: Tensor, lse: Tensor, pairs: int, scale: float) -> None:
-    r, c, bd = _blocks(own)
+    r, c, bd = _blocks(own, False)
     rows, d = own.shape
     launch(
         forward_kernel,
@@ -60,7 +60,7 @@ def _gradient(
     pairs: int,
     scale: float,
 ) -> None:
-    r, c, bd = _blocks(own)
+    r, c, bd = _blocks(own, True)
     rows, d = own.shape
     launch(
         gradient_kernel,
