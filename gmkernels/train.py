@@ -116,6 +116,7 @@ def fit(run: Path, config: runs.Config, model: Any, images: data.Images | data.P
                 bar.set_postfix(loss=f"{loss:.2f}", test=f"{score:.2f}")
                 total.zero_()
     n = 64 if config.levels else 1000
+    n = min(n, len(images.test)) if recipe.translates else n
     x = runs.sample(config, model.eval(), n, runs.fold(config, runs.DRAWN))
     runs.save_samples(run / runs.SAMPLES, config, model, x)
     return rows[-1][2]

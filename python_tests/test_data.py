@@ -95,7 +95,7 @@ def test_missing_sources(tmp_path):
         data.load(f"idx:{tmp_path / 'none'}")
     with pytest.raises(FileNotFoundError, match="must hold train-images-idx3-ubyte"):
         data.load(str(tmp_path))
-    with pytest.raises(ValueError, match="must be digits, moons, idx:FOLDER or a folder"):
+    with pytest.raises(ValueError, match="must be digits, moons, ring, idx:FOLDER or a folder"):
         data.load("cifar")
 
 
