@@ -104,6 +104,11 @@ def prepare_train(args: argparse.Namespace) -> Callable[[], None]:
         raise ValueError(f"--device {config.device}: torch sees no GPU here; leave it out")
     torch.set_num_threads(config.threads)
     model = runs.build(config)
+    if config.batch_size < (least := getattr(model, "least_batch", 1)):
+        raise ValueError(
+            f"--batch-size must be at least {least} for this {config.model}, "
+            f"got {config.batch_size}"
+        )
     if (args.out / runs.CHECKPOINT).is_file():
         checkpoint.restore(args.out / runs.CHECKPOINT, model)
     if not args.resume:

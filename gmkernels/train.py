@@ -126,7 +126,8 @@ def _drawn(config: runs.Config, model: Any, images: data.Data) -> Tensor:
     """Samples of a trained model; the recipe's picture of a model that has none."""
     key, picture = runs.fold(config, runs.DRAWN), config.recipe.picture
     if picture is None:
-        return runs.sample(config, model, config.draws, key)
+        most = images.test_size if config.recipe.translates else config.draws
+        return runs.sample(config, model, min(config.draws, most), key)
     x = picture(model, runs.model_input(config, model, images, images.test), key)
     return x.float().clamp(0, 1).view(-1, config.height, config.width).cpu()
 

@@ -96,7 +96,7 @@ def test_missing_sources(tmp_path):
     with pytest.raises(FileNotFoundError, match="must hold train-images-idx3-ubyte"):
         data.load(str(tmp_path))
     with pytest.raises(
-        ValueError, match="must be digits, moons, text:FILE, idx:FOLDER or a folder"
+        ValueError, match="must be digits, moons, ring, text:FILE, idx:FOLDER or a folder"
     ):
         data.load("cifar")
 

@@ -102,6 +102,11 @@ class GAN(nn.Module):
         self.origin: Tensor
         self.register_buffer("origin", torch.zeros(self.latent), persistent=False)
 
+    @property
+    def least_batch(self) -> int:
+        """Rows that update() needs: one for each step of D."""
+        return self.critic_steps
+
     def generate(self, n: int, label: Tensor | None = None, *, seed: noise.Seed = None) -> Tensor:
         """G(z) of n draws of z, [n, *shape], differentiable in G; of the weights being trained."""
         return self._generate(self.generator, n, label, seed)

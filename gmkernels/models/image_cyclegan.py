@@ -49,6 +49,7 @@ class ImageCycleGAN(CycleGAN):
     """A CycleGAN whose second domain is made from the first: `domain` of other pictures."""
 
     domain: str
+    least_batch = 2  # a picture for each domain
 
     def move(self, x: Tensor) -> Tensor:
         """Pictures [B, *] as the second domain has them, [B, 1, H, W]."""

@@ -1,6 +1,7 @@
 """GANs of small grey pictures or points, conditional on a class if asked: what `train` builds."""
 
 import math
+from collections.abc import Callable
 
 from torch import nn
 
@@ -18,7 +19,13 @@ def square_shape(name: str, pixels: int) -> tuple[int, int, int]:
 
 
 def _players(
-    name: str, pixels: int, levels: int, latent_dim: int, width: int, classes: int
+    name: str,
+    pixels: int,
+    levels: int,
+    latent_dim: int,
+    width: int,
+    classes: int,
+    norm: Callable[[int], nn.Module] | None = None,
 ) -> tuple[nn.Module, nn.Module, tuple[int, ...]]:
     """Generator, critic and the shape of a row: DCGAN's for pictures, MLPs for points."""
     if latent_dim < 1 or width < 4:
@@ -30,7 +37,7 @@ def _players(
         return generator, PointCritic(pixels, width, classes=classes), (pixels,)
     shape = square_shape(name, pixels)
     generator = DCGANGenerator(latent_dim, shape, width // 4, classes=classes)
-    return generator, DCGANCritic(shape, width // 4, classes=classes), shape
+    return generator, DCGANCritic(shape, width // 4, classes=classes, norm=norm), shape
 
 
 def gan(
@@ -47,12 +54,15 @@ def gan(
 ) -> GAN:
     """A GAN with an R1 penalty, of pictures [B, pixels] in [0, 1], or of points where levels is 0.
 
+    With neither penalty nor spectral norm D of pictures has DCGAN's batch norm.
+
     Args:
         loss: as in GAN. weight: of R1, 0 leaves it out. spectral: the spectral norm in D.
         latent_dim: Z. width: of the hidden layers; pictures' nets have width / 2 channels.
         average, classes: as in GAN.
     """
-    generator, critic, shape = _players("gan", pixels, levels, latent_dim, width, classes)
+    norm = None if weight or spectral else nn.BatchNorm2d
+    generator, critic, shape = _players("gan", pixels, levels, latent_dim, width, classes, norm)
     return GAN(
         generator,
         spectral_norm(critic) if spectral else critic,
