@@ -285,7 +285,7 @@ def refused(capsys, *args):
         (["--seed", str(2**63)], "must be an integer in [-2^63, 2^63)"),
         (
             ["--data", "cifar"],
-            "data must be digits, moons, text:FILE, idx:FOLDER or a folder of IDX files, got",
+            "data must be digits, moons, ring, text:FILE, idx:FOLDER or a folder of IDX files, got",
         ),
         (["--data", "idx:/nowhere"], "idx: /nowhere must be a folder of IDX files; there is none"),
         (["--batch-size", "1001"], "--batch-size must be at most the 1000 train images, got 1001"),
