@@ -1,7 +1,7 @@
 // The streaming log of a sum of exponentials: lanes = queries, scores come in blocks of keys.
 #pragma once
 
-#include "common/heads.h"
+#include "common/head_rows.h"
 #include "common/math.h"
 
 namespace gm {
@@ -23,8 +23,6 @@ struct Running {
     }
   }
 };
-
-static inline vf larger(vf a, vf b) { return select(a > b, a, b); }
 
 // Takes a block of scores in: s becomes probabilities against the new maximum. Returns whether what
 // was summed before must be multiplied by shrink.
