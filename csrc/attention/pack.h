@@ -9,8 +9,8 @@
 #include <type_traits>
 
 #include "attention/attention.h"
-#include "common/product.h"
 #include "common/block.h"
+#include "common/product.h"
 
 namespace gm {
 namespace GM_ISA {
