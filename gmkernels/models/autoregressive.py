@@ -136,7 +136,7 @@ class MADE(_Ordered):
     >>> from gmkernels.models.autoregressive import MADE
     >>> model = MADE(2, 3, (8,), order=[(0, 1), (1, 0)])
     >>> every = torch.cartesian_prod(torch.arange(3), torch.arange(3))
-    >>> round(float(model.log_prob(every).exp().sum()), 4)
+    >>> round(model.log_prob(every).exp().sum().item(), 4)
     1.0
     """
 
