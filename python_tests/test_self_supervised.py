@@ -99,7 +99,7 @@ def test_cross_correlation_is_numpys():
 
 def test_constant_features_have_no_correlation_and_no_gradient():
     """Not even where a mean in float32 is not quite the constant."""
-    x = filled((10, 3), torch.float32, "cpu", 1)
+    x = filled((11, 3), torch.float32, "cpu", 1)
     x[:, 1] = 1234.567
     x.requires_grad_()
     c = cross_correlation(x, x)

@@ -39,13 +39,13 @@ def penalty(mean, logvar):
     return sum(g.square().sum() for g in found)
 
 
-def compiled_equals_eager(op, case, compiler):
+def compiled_equals_eager(op, case, compiler, tolerance=0.0):
     given = op.inputs(case, torch.float32, "cpu", 3)
     function = torch.compile(op.function, fullgraph=True, backend=compiler)
     want = outputs_and_gradients(op.function, with_noise(op, leaves(given), False), False)
     got = outputs_and_gradients(function, with_noise(op, leaves(given), False), False)
     for a, b in zip(got[0] + tuple(got[1]), want[0] + tuple(want[1]), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 @pytest.mark.parametrize(("op", "case"), EVERY_CASE)
@@ -55,7 +55,9 @@ def test_compiled_fullgraph(op, case):
 
 @pytest.mark.parametrize("op", [pytest.param(op, id=op.name) for op in ROWS])
 def test_compiled_by_inductor(op):
-    compiled_equals_eager(op, op.case("odd"), "inductor")
+    # Of the contrastive losses inductor compiles plain PyTorch, too: sums in an order of its own.
+    tolerance = 1e-6 if op.operator == "contrastive" else 0.0
+    compiled_equals_eager(op, op.case("odd"), "inductor", tolerance)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
