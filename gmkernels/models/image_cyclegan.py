@@ -75,8 +75,8 @@ def cyclegan(
 
     Args:
         domain: dark and light exchanged; a quarter turn; each pixel the largest of 2 x 2. These
-            generators keep what they see in its place: they find the last; the first after some
-            starts alone, since half-inverted pictures pass for a cycle; the turn hardly.
+            generators keep what they see in its place: they find the last; the first not by
+            every training loop; the turn hardly.
         width: of the generators; the critics have twice as many channels. Others as in CycleGAN.
     """
     if domain not in DOMAINS:
