@@ -4,22 +4,12 @@ import argparse
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from gmkernels import compare, noise
 from gmkernels.models import sampling
 from gmkernels.recipes import FLAGS, RECIPES, option_defaults
-
-DEFAULTS: dict[str, Any] = {
-    "data": "digits",
-    "steps": 2000,
-    "batch_size": 100,
-    "lr": 5e-3,
-    "weight_decay": 1e-2,
-    "seed": 0,
-    "every": 200,
-    "device": "cpu",
-}
+from gmkernels.runs import DEFAULTS
 
 Prepare = Callable[[argparse.Namespace], Callable[[], None]]
 
