@@ -109,6 +109,8 @@ def _prepare_paradigms(args: argparse.Namespace) -> Callable[[], None]:
         raise ValueError(f"--data must be pictures with labels, {args.data} are not; take digits")
     settings = {"data": args.data, "minutes": args.minutes, "seed": args.seed}
     comparison.check(args.out, settings)
+    for name in only:
+        comparison.read_row(args.out / name)
 
     def work() -> None:
         torch.set_num_threads(1)  # small nets: a second thread costs more than it does
