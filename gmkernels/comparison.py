@@ -122,8 +122,16 @@ def _config(paradigm: Paradigm, images: data.Images, seed: int) -> runs.Config:
     return runs.new_config(paradigm.name, images, option_defaults(recipe.build), 1, settings)
 
 
-def _trained(paradigm: Paradigm, images: data.Images, judge: Judge, out: Path, *, seconds: float,
-             seed: int) -> Row:  # fmt: skip
+def _trained(
+    paradigm: Paradigm,
+    images: data.Images,
+    judge: Judge,
+    out: Path,
+    *,
+    seconds: float,
+    seed: int,
+) -> Row:
+    """A recipe's row: trained in the folder `out`, in about `seconds`."""
     start = time.perf_counter()
     config = _config(paradigm, images, seed)
     recipe = config.recipe

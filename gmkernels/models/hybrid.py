@@ -23,6 +23,8 @@ from gmkernels.models import text as texts
 from gmkernels.models.gpt import GPT
 from gmkernels.models.vqvae import VQVAE
 
+Text = str | Sequence[str] | None
+
 
 class TokenPrior(nn.Module):
     """A GPT over a trained VQ-VAE's codes, conditional on a class, on a text, or on nothing.
@@ -89,12 +91,7 @@ class TokenPrior(nn.Module):
         return self
 
     def loss(
-        self,
-        x: Tensor,
-        label: Tensor | None = None,
-        *,
-        text: str | Sequence[str] | None = None,
-        seed: noise.Seed = None,
+        self, x: Tensor, label: Tensor | None = None, *, text: Text = None, seed: noise.Seed = None
     ) -> Tensor:
         """What training minimises, a scalar: the mean of -log p(codes of x | condition), nats.
 
@@ -108,11 +105,7 @@ class TokenPrior(nn.Module):
         return -self.log_prob_codes(codes, label, text=text).mean()
 
     def log_prob_codes(
-        self,
-        codes: Tensor,
-        label: Tensor | int | None = None,
-        *,
-        text: str | Sequence[str] | None = None,
+        self, codes: Tensor, label: Tensor | int | None = None, *, text: Text = None
     ) -> Tensor:
         """log p(codes|condition), [B] nats, exact."""
         if codes.shape[1:] != self.vqvae.grid:
@@ -123,15 +116,11 @@ class TokenPrior(nn.Module):
         if label is None and text is None and self.classes:
             every = [self.log_prob_codes(codes, k) for k in range(self.classes)]
             return torch.stack(every).logsumexp(0) - math.log(self.classes)
-        condition = self._condition(len(codes), label, text)
-        return self.gpt.log_prob(torch.cat([condition, codes.flatten(1)], 1), given=self.length)
+        tokens = [self._condition(len(codes), label, text), codes.flatten(1)]
+        return self.gpt.log_prob(torch.cat(tokens, 1), given=self.length)
 
     def log_prob(
-        self,
-        x: Tensor,
-        label: Tensor | int | None = None,
-        *,
-        text: str | Sequence[str] | None = None,
+        self, x: Tensor, label: Tensor | int | None = None, *, text: Text = None
     ) -> Tensor:
         """A lower bound of log p(x|condition), [B] nats: that of the module's header."""
         codes = self.vqvae.encode(x)
@@ -144,7 +133,7 @@ class TokenPrior(nn.Module):
         n: int,
         label: Tensor | int | None = None,
         *,
-        text: str | Sequence[str] | None = None,
+        text: Text = None,
         seed: noise.Seed = None,
         **options: Any,
     ) -> Tensor:
@@ -167,7 +156,7 @@ class TokenPrior(nn.Module):
         n: int,
         label: Tensor | int | None = None,
         *,
-        text: str | Sequence[str] | None = None,
+        text: Text = None,
         seed: noise.Seed = None,
         **options: Any,
     ) -> Tensor:
@@ -176,9 +165,7 @@ class TokenPrior(nn.Module):
         codes = self.sample_codes(n, label, text=text, seed=key, **options)
         return self.vqvae.likelihood.sample(self.vqvae.decode(codes), noise.fold_in(key, 2))
 
-    def _condition(
-        self, n: int, label: Tensor | int | None, text: str | Sequence[str] | None
-    ) -> Tensor:
+    def _condition(self, n: int, label: Tensor | int | None, text: Text) -> Tensor:
         """The marks before the codes, [n, length]."""
         if text is not None and (label is not None or self.captions is None):
             raise ValueError(
