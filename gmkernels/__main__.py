@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from gmkernels import arguments, checkpoint, data, runs, train
-from gmkernels.arguments import DEFAULTS
 from gmkernels.recipes import FLAGS, RECIPES, parse_options, sample_options
+from gmkernels.runs import DEFAULTS
 
 
 def _threads(images: data.Data, batch_size: int) -> int:
@@ -39,16 +39,8 @@ def _new_config(args: argparse.Namespace) -> tuple[runs.Config, data.Data]:
             f"--option classes must be 0 or at least {most}, the classes of {images.name}, "
             f"got {options['classes']}"
         )
-    config = runs.Config(
-        model=args.model,
-        options=options,
-        height=images.height,
-        width=images.width,
-        levels=images.levels,
-        vocabulary=images.vocab,
-        threads=args.threads or _threads(images, settings["batch_size"]),
-        **settings,
-    )
+    threads = args.threads or _threads(images, settings["batch_size"])
+    config = runs.new_config(args.model, images, options, threads, settings)
     return config, _cut(images, config)
 
 
@@ -168,7 +160,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"gmkernels: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("gmkernels: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        again = "; --resume goes on from the last checkpoint"
+        print(f"gmkernels: interrupted{again if 'resume' in args else ''}", file=sys.stderr)
         return 130
     return 0
 

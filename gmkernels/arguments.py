@@ -9,17 +9,7 @@ from typing import Any, NoReturn
 from gmkernels import compare, noise
 from gmkernels.models import sampling
 from gmkernels.recipes import FLAGS, RECIPES, option_defaults
-
-DEFAULTS: dict[str, Any] = {
-    "data": "digits",
-    "steps": 2000,
-    "batch_size": 100,
-    "lr": 5e-3,
-    "weight_decay": 1e-2,
-    "seed": 0,
-    "every": 200,
-    "device": "cpu",
-}
+from gmkernels.runs import DEFAULTS
 
 Prepare = Callable[[argparse.Namespace], Callable[[], None]]
 
@@ -56,6 +46,31 @@ def _seed(text: str) -> int:
             f"must be an integer in [-2^63, 2^63), got {text!r}"
         ) from None
     return value
+
+
+def _add_sample(commands: Any, prepare: Prepare) -> None:
+    draw = commands.add_parser("sample", help="draw pictures or text from a trained model")
+    draw.set_defaults(prepare=prepare)
+    draw.add_argument("run", type=Path, help="folder of the run")
+    draw.add_argument("--n", type=_count, help="how many (default 64, of texts 1)")
+    draw.add_argument("--seed", type=_seed, default=0)
+    draw.add_argument("--sampler", choices=sorted(sampling.STEPS), help="of a diffusion model")
+    draw.add_argument("--steps", type=_count, help="of the sampler (default 50)")
+    draw.add_argument(FLAGS["label"], dest="label", type=int, metavar="CLASS", help="what to draw")
+    draw.add_argument("--text", help="what to draw, in words, by a model that reads them")
+    draw.add_argument("--guidance", type=_number, help="weight of class or text (default 1)")
+    draw.add_argument("--prompt", help="how a text begins (default a new line)")
+    draw.add_argument("--tokens", type=_count, help="to write after the prompt (default 500)")
+    draw.add_argument("--temperature", type=_number, help="of a text, 0 is the likeliest")
+    draw.add_argument("--top-k", type=_count, help="only the likeliest tokens, this many")
+    draw.add_argument("--top-p", type=_number, help="only the likeliest, of this mass in all")
+    draw.add_argument(
+        "--complete",
+        action="store_true",
+        default=None,
+        help="draw the lower halves of test pictures, by a model that can",
+    )
+    draw.add_argument("--out", type=Path, help="a .png file; of texts a .txt, or none to print")
 
 
 def parser(train: Prepare, sample: Prepare) -> Parser:
@@ -99,26 +114,5 @@ def parser(train: Prepare, sample: Prepare) -> Parser:
         fit.add_argument(f"--{name}", type=kind, help=text)
     fit.add_argument("--device", choices=("cpu", "cuda"))
 
-    draw = commands.add_parser("sample", help="draw pictures or text from a trained model")
-    draw.set_defaults(prepare=sample)
-    draw.add_argument("run", type=Path, help="folder of the run")
-    draw.add_argument("--n", type=_count, help="how many (default 64, of texts 1)")
-    draw.add_argument("--seed", type=_seed, default=0)
-    draw.add_argument("--sampler", choices=sorted(sampling.STEPS), help="of a diffusion model")
-    draw.add_argument("--steps", type=_count, help="of the sampler (default 50)")
-    draw.add_argument(FLAGS["label"], dest="label", type=int, metavar="CLASS", help="what to draw")
-    draw.add_argument("--text", help="what to draw, in words, by a model that reads them")
-    draw.add_argument("--guidance", type=_number, help="weight of class or text (default 1)")
-    draw.add_argument("--prompt", help="how a text begins (default a new line)")
-    draw.add_argument("--tokens", type=_count, help="to write after the prompt (default 500)")
-    draw.add_argument("--temperature", type=_number, help="of a text, 0 is the likeliest")
-    draw.add_argument("--top-k", type=_count, help="only the likeliest tokens, this many")
-    draw.add_argument("--top-p", type=_number, help="only the likeliest, of this mass in all")
-    draw.add_argument(
-        "--complete",
-        action="store_true",
-        default=None,
-        help="draw the lower halves of test pictures, by a model that can",
-    )
-    draw.add_argument("--out", type=Path, help="a .png file; of texts a .txt, or none to print")
+    _add_sample(commands, sample)
     return parser

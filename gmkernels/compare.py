@@ -1,5 +1,6 @@
-"""`python -m gmkernels compare WHAT --out FOLDER`: WHAT.csv and WHAT.png.
+"""`python -m gmkernels compare --data digits`: every paradigm, see comparison.py.
 
+`compare WHAT --out FOLDER` writes WHAT.csv and WHAT.png, WHAT one of
 classifiers: Ng and Jordan's learning curves, see learning_curves.py.
 divergences: what each says of disjoint supports, see disjoint.py.
 """
@@ -13,7 +14,17 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gmkernels import checkpoint, disjoint, learning_curves, noise, pictures
+import torch
+
+from gmkernels import (
+    checkpoint,
+    comparison,
+    data,
+    disjoint,
+    learning_curves,
+    noise,
+    pictures,
+)
 
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -81,11 +92,41 @@ def divergences(out: Path) -> None:
         print(f"{name:14} at theta = {at[0]:g}: {at[i]:.4f}, derivative {slope:.4f}")
 
 
+def _prepare_paradigms(args: argparse.Namespace) -> Callable[[], None]:
+    if args.data is None:
+        raise ValueError("compare needs --data digits, or one of classifiers and divergences")
+    only = tuple(args.only.split(",")) if args.only else comparison.NAMES
+    strange = sorted(set(only) - set(comparison.NAMES))
+    if strange:
+        raise ValueError(
+            f"--only must name some of {', '.join(comparison.NAMES)}, got {', '.join(strange)}"
+        )
+    if not 0 < args.minutes < math.inf:
+        raise ValueError(f"--minutes must be a finite number > 0, got {args.minutes:g}")
+    noise.key(args.seed)
+    images = data.load(args.data)
+    if not isinstance(images, data.Images) or images.train_labels is None:
+        raise ValueError(f"--data must be pictures with labels, {args.data} are not; take digits")
+    settings = {"data": args.data, "minutes": args.minutes, "seed": args.seed}
+    comparison.check(args.out, settings)
+    for name in only:
+        comparison.read_row(args.out / name)
+
+    def work() -> None:
+        torch.set_num_threads(1)  # small nets: a second thread costs more than it does
+        print(f"finished rows are kept in {args.out}: the same command goes on after them")
+        comparison.compare(images, args.out, minutes=args.minutes, only=only, seed=args.seed)
+
+    return work
+
+
 def prepare(args: argparse.Namespace) -> Callable[[], None]:
     """Checks what can be wrong and makes the folder; returns what is left to do."""
     for module, name in (("matplotlib", "matplotlib"), ("sklearn", "scikit-learn")):
         if importlib.util.find_spec(module) is None:
             raise ImportError(f"compare needs {name}; pip install {name}")
+    if args.what is None:
+        return _prepare_paradigms(args)
     if args.what == "classifiers":
         if args.repeats < 1:
             raise ValueError(f"--repeats must be >= 1, got {args.repeats}")
@@ -98,9 +139,17 @@ def prepare(args: argparse.Namespace) -> Callable[[], None]:
 
 def add_parser(commands: Any) -> None:
     """Adds the command to the subparsers of `python -m gmkernels`."""
-    parser = commands.add_parser("compare", help="compare models or divergences; a plot and a CSV")
+    parser = commands.add_parser("compare", help="compare paradigms, classifiers or divergences")
     parser.set_defaults(prepare=prepare)
-    kinds = parser.add_subparsers(dest="what", required=True, metavar="classifiers|divergences")
+    parser.add_argument("--data", help="digits or a folder of IDX files: compares the paradigms")
+    parser.add_argument("--minutes", type=float, default=15.0, help="in all (default 15)")
+    parser.add_argument(
+        "--only", help=f"names with commas between, of {', '.join(comparison.NAMES)}"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of everything random")
+    folder = Path("runs/compare")
+    parser.add_argument("--out", type=Path, default=folder, help=f"folder (default {folder})")
+    kinds = parser.add_subparsers(dest="what", metavar="classifiers|divergences")
     curves = kinds.add_parser("classifiers", help="error against sample size, Ng and Jordan")
     curves.add_argument("--repeats", type=int, default=20, help="draws of the data (default 20)")
     curves.add_argument("--seed", type=int, default=0, help="of the draws")

@@ -25,6 +25,16 @@ CONFIG, METRICS, CHECKPOINT, SAMPLES, TEXTS = (
     "samples.png",
     "samples.txt",
 )
+DEFAULTS: dict[str, Any] = {
+    "data": "digits",
+    "steps": 2000,
+    "batch_size": 100,
+    "lr": 5e-3,
+    "weight_decay": 1e-2,
+    "seed": 0,
+    "every": 200,
+    "device": "cpu",
+}  # settings of a run, below its recipe's own
 BATCHES, STEPS, TEST, INIT, DRAWN = range(5)  # what the seed is folded with
 
 
@@ -64,6 +74,22 @@ class Config:
         if self.vocabulary:
             return 4
         return 64 if self.levels else 1000
+
+
+def new_config(
+    model: str, images: data.Data, options: dict[str, Any], threads: int, settings: dict[str, Any]
+) -> Config:
+    """The configuration of a new run on these data; settings: a value for each of DEFAULTS."""
+    return Config(
+        model=model,
+        options=options,
+        height=images.height,
+        width=images.width,
+        levels=images.levels,
+        vocabulary=images.vocab,
+        threads=threads,
+        **settings,
+    )
 
 
 def read_config(run: Path) -> Config:
@@ -192,7 +218,17 @@ def own_generator(config: Config) -> AbstractContextManager[None]:
 
 
 def fold(config: Config, use: int) -> Tensor:
-    """The key of one use of the run's seed: BATCHES, STEPS, TEST, INIT or DRAWN."""
+    """The key of one use of the run's seed: DEFAULTS: dict[str, Any] = {
+        "data": "digits",
+        "steps": 2000,
+        "batch_size": 100,
+        "lr": 5e-3,
+        "weight_decay": 1e-2,
+        "seed": 0,
+        "every": 200,
+        "device": "cpu",
+    }  # settings of a run, below its recipe's own
+    BATCHES, STEPS, TEST, INIT or DRAWN."""
     return noise.fold_in(noise.key(config.seed), use)
 
 

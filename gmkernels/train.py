@@ -13,7 +13,7 @@ from tqdm import tqdm
 from gmkernels import checkpoint, data, noise, runs
 
 WARMUP = 50  # steps
-SCALE_ROWS = 1000  # train images that the scale of latents is measured on
+TURN_ROWS = 1000  # train images that are shown between two stages
 
 
 def learning_rate(config: runs.Config, step: int, first: int = 0, end: int | None = None) -> float:
@@ -25,6 +25,17 @@ def learning_rate(config: runs.Config, step: int, first: int = 0, end: int | Non
     if not config.recipe.cosine:
         return config.lr * warm
     return config.lr * warm * 0.5 * (1 + math.cos(math.pi * (step - first) / (end - first)))
+
+
+def optimizer_of(config: runs.Config, model: Any) -> torch.optim.Optimizer:
+    """AdamW with the run's settings."""
+    return torch.optim.AdamW(
+        model.parameters(),
+        lr=config.lr,
+        betas=config.recipe.betas,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
 
 
 def training_step(
@@ -70,13 +81,7 @@ def fit(run: Path, config: runs.Config, model: Any, images: data.Data) -> float:
     Raises FloatingPointError where the loss is no longer finite; the last checkpoint stays.
     """
     recipe = config.recipe
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=config.lr,
-        betas=recipe.betas,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+    optimizer = optimizer_of(config, model)
     done, rows = 0, []
     if (run / runs.CHECKPOINT).is_file():
         header = checkpoint.restore(run / runs.CHECKPOINT, model, optimizer)
@@ -94,12 +99,13 @@ def fit(run: Path, config: runs.Config, model: Any, images: data.Data) -> float:
             part, first, end = recipe.stage(model, config.steps, step)
             part.train()
             if 0 < first == step:
-                x1 = images.train[:SCALE_ROWS]
-                model.measure_scale(runs.model_input(config, model, images, x1), seed=key)
+                x1 = images.train[:TURN_ROWS]
+                if recipe.turned is not None:
+                    recipe.turned(model, runs.model_input(config, model, images, x1), key)
                 total.zero_()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step, first, end)
-            conditions = _conditions(config, labels) if part is model else {}
+            conditions = conditions_of(config, labels) if part is model else {}
             update = recipe.update or training_step
             total += update(part, optimizer, x, seed=key, **conditions)
             bar.update()
@@ -117,12 +123,12 @@ def fit(run: Path, config: runs.Config, model: Any, images: data.Data) -> float:
                 _write_metrics(run, recipe.measure, rows)
                 bar.set_postfix(loss=f"{loss:.4g}", test=f"{score:.4g}")
                 total.zero_()
-    x = _drawn(config, model.eval(), images)
+    x = drawn(config, model.eval(), images)
     runs.save_samples(run / config.samples, config, model, x)
     return rows[-1][2]
 
 
-def _drawn(config: runs.Config, model: Any, images: data.Data) -> Tensor:
+def drawn(config: runs.Config, model: Any, images: data.Data) -> Tensor:
     """Samples of a trained model; the recipe's picture of a model that has none."""
     key, picture = runs.fold(config, runs.DRAWN), config.recipe.picture
     if picture is None:
@@ -132,7 +138,7 @@ def _drawn(config: runs.Config, model: Any, images: data.Data) -> Tensor:
     return x.float().clamp(0, 1).view(-1, config.height, config.width).cpu()
 
 
-def _conditions(config: runs.Config, labels: Tensor | None) -> dict[str, Tensor]:
+def conditions_of(config: runs.Config, labels: Tensor | None) -> dict[str, Tensor]:
     """The batch's labels where the model takes them and the data have them."""
     if labels is None or "label" not in config.recipe.asks or not config.options["classes"]:
         return {}

@@ -283,12 +283,32 @@ def log1p_unit(t):
     return tl.where(upper, (f + (tail + 1.42860676533018518e-06)) + 0.693145751953125, f + tail)
 
 
+# (2^r - 1) / r on [-1/2, 1/2], as fit_polynomials.py prints it.
+EXP2_RELATIVE = tl.constexpr(
+    (
+        0.00015453876403626055,
+        0.0013388069346547127,
+        0.009618083015084267,
+        0.05550365895032883,
+        0.24022650718688965,
+        0.6931471824645996,
+    )
+)
+
+
 @triton.jit
 def tanh(x):
-    """tanh(x), to full relative accuracy near 0."""
-    y = 2.0 * tl.minimum(tl.maximum(x, -20.0, tl.PropagateNan.ALL), 20.0, tl.PropagateNan.ALL)
-    excess = tl.where(tl.abs(y) < 0.34, y + y * y * exp_tail(y), tl.exp(y) - 1.0)
-    return excess / (excess + 2.0)
+    """tanh x = m / (2 - m), m = -expm1(-2 |x|), to 3.3 ulp; -2 |x| = (n + r) ln 2, as math.h does."""
+    y = tl.maximum(tl.abs(x) * -2.88539008177792681, -40.0, tl.PropagateNan.ALL)
+    n = tl.floor(y + 0.5)
+    r = y - n
+    p = tl.fma(r, EXP2_RELATIVE[0], EXP2_RELATIVE[1])
+    for j in tl.static_range(2, 6):
+        p = tl.fma(p, r, EXP2_RELATIVE[j])
+    power = tl.exp2(n)
+    m = tl.fma(power, p * -r, 1.0 - power)
+    t = m / (2.0 - m)
+    return tl.where(x < 0.0, -t, t)
 
 
 @triton.jit

@@ -197,7 +197,8 @@ def test_peak_memory(reuse: bool) -> None:
     if not os.access("/proc/self/clear_refs", os.W_OK):
         pytest.skip("/proc/self/clear_refs cannot be written here")
     assert peak is not None
-    assert 16 << 20 <= peak < 17 << 20  # a temporary and a result of 8 MiB, no input
+    # A temporary and a result of 8 MiB, no input; pages of their ends may have been there.
+    assert (16 << 20) - (64 << 10) <= peak < 17 << 20
 
 
 def test_plain_pytorch_stands_in_for_our_ops() -> None:

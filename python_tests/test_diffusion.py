@@ -227,7 +227,7 @@ def test_commands(name, tmp_path, capsys):
     run, picture = tmp_path / "run", tmp_path / "three.png"
     small = ["-o", "times=4", "-o", "width=8", "--steps", "3", "--every", "3"]
     assert main(["train", name, "--data", "digits", "--out", str(run), *small]) == 0
-    assert "nats an image" in capsys.readouterr().out
+    assert "nats (-log p(x) or its bound) per image" in capsys.readouterr().out
     assert (run / "samples.png").is_file()
     sampler = "flow_euler" if name == "flow_matching" else "ddim"
     options = ["--sampler", sampler, "--steps", "3", "--class", "3", "--guidance", "2"]

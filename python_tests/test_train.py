@@ -313,7 +313,7 @@ def test_train_refuses_folders_in_use(finished, tmp_path, capsys):
     assert "must be new or empty" in refused(capsys, "train", "vae", "--out", tmp_path / "file")
     assert refused(capsys, "train", "vae", "--out", tmp_path / "file" / "b")
     assert (tmp_path / "file").read_text() == "mine"
-    assert "invalid choice: 'gan'" in refused(capsys, "train", "gan", "--out", tmp_path / "b")
+    assert "invalid choice: 'dragon'" in refused(capsys, "train", "dragon", "--out", tmp_path / "b")
     assert "required" in refused(capsys, "train", "vae")
     assert refused(capsys)
 
@@ -342,7 +342,7 @@ def test_resume_refuses(finished, tmp_path, capsys):
     assert "must hold this model's tensors; model" not in (message := resume(folder))
     assert "must hold this model's tensors; " in message
     whole = (folder / runs.CONFIG).read_text()
-    for broken in ("{", '{"model": "vae"}', "[]", whole.replace('"vae"', '"gan"')):
+    for broken in ("{", '{"model": "vae"}', "[]", whole.replace('"vae"', '"dragon"')):
         (folder / runs.CONFIG).write_text(broken)
         assert "config.json is damaged or of another version" in resume(folder)
     (folder / runs.CONFIG).write_text(whole.replace("hidden", "width"))

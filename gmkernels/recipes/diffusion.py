@@ -29,6 +29,7 @@ RECIPES = {
         asks=GUIDED | {"text"},
         first="vae",
         share=0.25,
+        turned=lambda model, x, key: model.measure_scale(x, seed=key),
         defaults=_DEFAULTS | {"steps": 2400, "every": 600},
     ),
 }

@@ -43,7 +43,8 @@ class Recipe:
             complete(known pixels [n, K], seed=, ...). With "label", loss() takes label=
             too, unless the option classes is 0; then neither label nor text may be asked for.
         first: a part of the model that is trained alone, by its own loss(x, seed=), in the first
-            `share` of the steps; then model.measure_scale(train images, seed=) ends that stage.
+            `share` of the steps.
+        turned: (model, train images as the model takes them, key), called between the stages.
         translates: sample() takes pictures in the place of n and seed: rows of the test part.
         update: (model, optimizer, x, seed=, **conditions) -> loss, one update, in the place of
             train.training_step: alternating players, averages of weights.
@@ -61,6 +62,7 @@ class Recipe:
     asks: frozenset[str] = frozenset()
     first: str | None = None
     share: float = 0.0
+    turned: Callable[[Any, Tensor, Tensor], object] | None = None
     translates: bool = False
     update: Callable[..., Tensor] | None = None
     picture: Callable[[Any, Tensor, Tensor], Tensor] | None = None
