@@ -283,32 +283,28 @@ def log1p_unit(t):
     return tl.where(upper, (f + (tail + 1.42860676533018518e-06)) + 0.693145751953125, f + tail)
 
 
-# (2^r - 1) / r on [-1/2, 1/2], as fit_polynomials.py prints it.
-EXP2_RELATIVE = tl.constexpr(
+# (tanh(x) / x - 1) / x^2 by powers of x^2, as fit_polynomials.py prints it.
+TANH_TAIL = tl.constexpr(
     (
-        0.00015453876403626055,
-        0.0013388069346547127,
-        0.009618083015084267,
-        0.05550365895032883,
-        0.24022650718688965,
-        0.6931471824645996,
+        -0.0058998968452215195,
+        0.020800143480300903,
+        -0.05378509685397148,
+        0.13331939280033112,
+        -0.33333298563957214,
     )
 )
 
 
 @triton.jit
 def tanh(x):
-    """tanh x = m / (2 - m), m = -expm1(-2 |x|), to 3.3 ulp; -2 |x| = (n + r) ln 2, as math.h does."""
-    y = tl.maximum(tl.abs(x) * -2.88539008177792681, -40.0, tl.PropagateNan.ALL)
-    n = tl.floor(y + 0.5)
-    r = y - n
-    p = tl.fma(r, EXP2_RELATIVE[0], EXP2_RELATIVE[1])
-    for j in tl.static_range(2, 6):
-        p = tl.fma(p, r, EXP2_RELATIVE[j])
-    power = tl.exp2(n)
-    m = tl.fma(power, p * -r, 1.0 - power)
-    t = m / (2.0 - m)
-    return tl.where(x < 0.0, -t, t)
+    """tanh x to an ulp and a half: x + x^3 P(x^2) below 0.6, else 1 - 2 / (exp(2 |x|) + 1)."""
+    a = tl.abs(x)
+    s = x * x
+    p = tl.fma(s, TANH_TAIL[0], TANH_TAIL[1])
+    for j in tl.static_range(2, 5):
+        p = tl.fma(p, s, TANH_TAIL[j])
+    far = 1.0 - 2.0 / (tl.exp(a * 2.0) + 1.0)
+    return tl.where(a < 0.6, tl.fma(p * s, x, x), tl.where(x < 0.0, -far, far))
 
 
 @triton.jit

@@ -198,7 +198,7 @@ def test_train_refuses(finished, tmp_path, capsys):
     def said(name, *args):
         return refused(capsys, "train", name, "--out", tmp_path / "b", *args)
 
-    assert "text can train gpt" in said("vae", "--data", f"text:{path}")
+    assert "a vae takes images; text can train" in said("vae", "--data", f"text:{path}")
     assert "--data digits holds images, a gpt takes text" in said("gpt")
     assert "the context must lie in [1, 421), as" in said(
         "gpt", "--data", f"text:{path}", "-o", "context=421"

@@ -65,6 +65,14 @@ def cosine(s: np.ndarray) -> np.ndarray:
     return -series(s, lambda i: (-1) ** i * HALF_PI ** (2 * i + 2) / math.factorial(2 * i + 2), 12)
 
 
+def tanh_tail(s: np.ndarray) -> np.ndarray:
+    """(tanh(x) / x - 1) / x^2 with s = x^2."""
+    terms = (np.longdouble(a) / b for a, b in ((-1, 3), (2, 15), (-17, 315), (62, 2835)))
+    near = sum(term * s**i for i, term in enumerate(terms))
+    x = np.sqrt(np.where(s < 1e-4, 1, s))
+    return np.where(s < 1e-4, near, (np.tanh(x) / x - 1) / x**2)
+
+
 if __name__ == "__main__":
     unit = (math.sqrt(0.5) - 1, math.sqrt(2) - 1)
     print("_LN =", fit(ln_tail, *unit, degree=5, power=2))
@@ -74,3 +82,4 @@ if __name__ == "__main__":
     print("_SIN =", fit(sine, 1e-12, 0.25, degree=3, power=0))
     print("_COS =", fit(cosine, 1e-12, 0.25, degree=2, power=1))
     print("_EXP2_RELATIVE =", fit(exp2_tail, -0.5, 0.5, degree=5, power=0))
+    print("_TANH =", fit(tanh_tail, 1e-12, 0.36, degree=4, power=1))
