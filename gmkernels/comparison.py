@@ -1,7 +1,7 @@
 """Every paradigm on one data set: a table, comparison.csv and comparison.png.
 
 The time is dealt out by shares: a recipe has its part of what is left, takes as many steps as fit
-into it (at most its own default), and is tested and drawn from. A finished row is written at once,
+into it beside its test and samples (at most its own default). A finished row is written at once,
 and the same command goes on after it. Run folders are those of `train`: `sample` draws from them.
 """
 
@@ -30,7 +30,8 @@ ROW, SETTINGS = "row.json", "settings.json"
 SHOWN = 16  # pictures of a row of comparison.png
 ROUNDS = 5  # steps timed on each side, after one that is not
 LEAST = 10  # steps
-TRAINING = 0.75  # of a share: the rest is for the test and samples
+PART = 8  # one in so many test images is tested to know how long the test takes
+SAMPLES = 0.5  # seconds to draw in for one of the test: at least the 50 steps of T = 200's bound
 TRAIN, TEST, DRAWN = range(3)  # what the seed is folded with
 NAMES = tuple(paradigm.name for paradigm in PARADIGMS)
 
@@ -85,6 +86,25 @@ class Judge:
 UNJUDGED = {"precision": math.nan, "recall": math.nan, "classes": math.nan}
 
 
+def _begun(config: runs.Config, images: data.Images) -> Any:
+    """A new model as it is when its last stage begins."""
+    model, turned = runs.build(config), config.recipe.turned
+    if turned is not None:
+        x = runs.model_input(config, model, images, images.train[: train.TURN_ROWS])
+        turned(model.eval(), x, runs.fold(config, runs.STEPS))
+    return model
+
+
+@torch.no_grad()
+def test_seconds(config: runs.Config, images: data.Images) -> float:
+    """About how long the test takes: a part of it, of a new model."""
+    model = _begun(config, images).eval()
+    rows = images.test[::PART]
+    x, start = runs.model_input(config, model, images, rows), time.perf_counter()
+    config.recipe.score(model, x, runs.fold(config, runs.TEST))
+    return (time.perf_counter() - start) * len(images.test) / len(rows)
+
+
 def step_seconds(config: runs.Config, images: data.Images, *, first: bool) -> tuple[float, float]:
     """Seconds of a training step of a new model: as dispatched, and on the reference.
 
@@ -92,11 +112,7 @@ def step_seconds(config: runs.Config, images: data.Images, *, first: bool) -> tu
     """
     recipe = config.recipe
     with runs.own_generator(config):
-        model = runs.build(config).train()
-        key = runs.fold(config, runs.STEPS)
-        if recipe.turned is not None and not first:
-            rows = images.train[: train.TURN_ROWS]
-            recipe.turned(model, runs.model_input(config, model, images, rows), key)
+        model, key = _begun(config, images), runs.fold(config, runs.STEPS)
         part = getattr(model, recipe.first) if first and recipe.first else model
         part.train()
         optimizer = train.optimizer_of(config, model)
@@ -143,7 +159,9 @@ def _trained(
         each = (1 - share) * fused
         if share:
             each += share * step_seconds(config, images, first=True)[0]
-        steps = max(LEAST, min(config.steps, int(TRAINING * seconds / each)))
+        left = seconds - (1 + SAMPLES) * test_seconds(config, images)
+        left -= time.perf_counter() - start
+        steps = max(LEAST, min(config.steps, int(left / each)))
         config = dataclasses.replace(config, steps=steps, every=steps)
         text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
         checkpoint.write_atomically(out / runs.CONFIG, text.encode())
@@ -308,10 +326,10 @@ def draw(path: Path, images: data.Images, rows: Sequence[Row]) -> None:
 
     named: list[tuple[str, Any]] = [("test images", images.unit(images.test[:SHOWN]).tolist())]
     named += [(row.paradigm.replace("_", " "), row.pictures) for row in rows]
-    figure = Figure(figsize=(9, 0.5 * len(named) + 0.2), layout="constrained")
-    for axes, (name, flat) in zip(
-        figure.subplots(len(named), 1, squeeze=False)[:, 0], named, strict=True
-    ):
+    figure = Figure(figsize=(9, 0.5 * len(named)))
+    figure.subplots_adjust(left=0.16, right=0.99, bottom=0.01, top=0.99, hspace=0.1)
+    for i, (name, flat) in enumerate(named):
+        axes = figure.add_subplot(len(named), 1, i + 1)
         cells = torch.ones(SHOWN, images.height, images.width + 1)
         x = torch.tensor(flat).view(-1, images.height, images.width)
         cells[: len(x), :, : images.width] = x

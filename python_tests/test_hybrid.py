@@ -124,6 +124,19 @@ def test_samples_have_the_probabilities_of_codes(kind):
     assert ((x.float().mean(0) - p @ each).abs() < 4.5 * 0.5 / n**0.5).all()
 
 
+@torch.no_grad()
+def test_classes_are_drawn_evenly():
+    model, n = make(classes=2).eval(), 3_000
+    model.gpt.token.weight[K:] *= 5  # far apart
+    each = torch.stack([model.log_prob_codes(every_code(), k) for k in range(2)])
+    ratio, p = each[0] - each[1], each.exp()
+    tolerance = 4.5 * float(ratio.std()) / n**0.5
+    expected = p @ ratio
+    assert (expected - expected.mean()).abs().min() > 2 * tolerance
+    index = (model.sample_codes(n, seed=1).flatten(1) * 3 ** torch.arange(3, -1, -1)).sum(1)
+    assert abs(float(ratio[index].mean() - expected.mean())) < tolerance
+
+
 def test_loss_trains_the_prior_alone():
     model, x = make(2, CAPTIONS, 4, dropout=0.3).train(), every_x()
     assert model.gpt.training
