@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from test_sampler import sample
@@ -179,11 +180,22 @@ PEERS = {
 }
 
 
+class Wide:
+    """A module whose float32 is its float64."""
+
+    def __init__(self, module) -> None:
+        self.module = module
+
+    def __getattr__(self, name: str):
+        return getattr(self.module, "float64" if name == "float32" else name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace", "karras"])
 @pytest.mark.parametrize("name", PEERS)
-def test_others_are_those_of_diffusers(name, spacing, kind, monkeypatch):
-    """In float32 alone: these schedulers cast to it. Theirs run on x / alpha but for dpmpp_2m."""
+def test_others_are_those_of_diffusers(name, spacing, kind, dtype, monkeypatch):
+    """Theirs run on x / alpha but for dpmpp_2m, in float32 or in what we put in its place."""
     diffusers = pytest.importorskip("diffusers")
     if name == "dpmpp_2m" and spacing == "leading":
         pytest.skip("theirs counts times otherwise there")
@@ -197,17 +209,21 @@ def test_others_are_those_of_diffusers(name, spacing, kind, monkeypatch):
         config["use_karras_sigmas"] = True
     config["timestep_spacing"] = "linspace" if spacing == "karras" else spacing
     peer, module = PEERS[name]
+    if dtype == torch.float64:
+        monkeypatch.setattr(f"diffusers.schedulers.{module}.torch", Wide(torch))
+        monkeypatch.setattr(f"diffusers.schedulers.{module}.np", Wide(np))
     theirs = getattr(diffusers, peer)(prediction_type=kind, **config)
     theirs.set_timesteps(steps)
     sampler = getattr(Sampler, name)(schedule, steps, prediction_type=kind, spacing=spacing)
-    x, noise = given(torch.float32, steps)
-    net = net_of(torch.float32)
-    scale = 1.0 if name == "dpmpp_2m" else 1 / sampler.alpha[0].item()
+    x, noise = given(dtype, steps)
+    net = net_of(dtype)
+    scale = 1.0 if name == "dpmpp_2m" else math.sqrt(1 + theirs.sigmas[0].item() ** 2)
     times = iter(theirs.timesteps.tolist())
     # Both sides see the same times: interpolated ones differ in the last digits.
     got = sample(x, sampler, lambda x, t: net(x, next(times)), noise.__getitem__)
     want = theirs_loop(theirs, net, x * scale, noise, monkeypatch, module)
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-5 * want.abs().max().item())
+    rtol, atol = (1e-5, 2e-5) if dtype == torch.float32 else (1e-10, 1e-10)
+    torch.testing.assert_close(got, want, rtol=rtol, atol=atol * want.abs().max().item())
 
 
 def test_flow_euler_is_that_of_diffusers():
