@@ -209,6 +209,6 @@ def test_coefficients_are_the_generators(capsys: pytest.CaptureFixture[str]) -> 
     triton_common = pytest.importorskip("gmkernels.triton_common")
     assert printed["_TANH"] == triton_common.TANH_TAIL.value
     header = (ROOT / "csrc/common/math.h").read_text()
-    for name in ("_LN", "_LOG1P", "_EXP", "_EXP2", "_SIN", "_COS", "_EXP2_RELATIVE"):
+    for name in ("_LN", "_LOG1P", "_EXP", "_EXP2", "_SIN", "_COS", "_TANH", "_EXP2_RELATIVE"):
         for coefficient in printed[name]:
             assert f"{coefficient!r}f" in header, (name, coefficient)
