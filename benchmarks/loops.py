@@ -122,10 +122,11 @@ def _seeded(loop: Loop) -> dict[str, Any]:
     return {**limits, "seed": noise.key(SEED)} if loop.noisy else limits
 
 
-def names(loop: Loop) -> tuple[str, ...]:
+def names(loop: Loop, quick: bool = False) -> tuple[str, ...]:
     """The sides of a loop."""
     peers = () if find_spec("diffusers") is None else (DIFFUSERS,)
-    return EAGER, COMPILED, OURS, OURS_COMPILED, *peers
+    ours = (OURS,) if quick else (OURS, OURS_COMPILED)
+    return EAGER, COMPILED, *ours, *peers
 
 
 def build(loop: Loop, device: str, name: str) -> Side:

@@ -92,10 +92,11 @@ def with_seed(op: Op, given: Inputs) -> Inputs:
 class Sides(dict[str, Callable[..., Any]]):
     """What each side of a row calls, by name; torch.compile starts when its side is asked for."""
 
-    def __init__(self, op: Op) -> None:
+    def __init__(self, op: Op, quick: bool = False) -> None:
         super().__init__({EAGER: op.eager, OURS: op.function, **op.peers})
         self.sources = {COMPILED: op.eager, OURS_COMPILED: op.function}
-        self.names = (EAGER, COMPILED, OURS, OURS_COMPILED, *op.peers)
+        names = (EAGER, COMPILED, OURS, OURS_COMPILED, *op.peers)
+        self.names = tuple(n for n in names if not (quick and n == OURS_COMPILED))
 
     def __missing__(self, name: str) -> Callable[..., Any]:
         self[name] = compiled(self.sources[name])
@@ -169,7 +170,7 @@ def fault(op: Op, benchmark: Benchmark, device: str, sides: Sides) -> str:
     given = op.inputs(benchmark.case, benchmark.dtype, device, SEED)
     truths = tuple(t.detach() for t in truth(op, benchmark, device, given))
     eager = errors_of_eager(op, benchmark, given, truths)
-    for name in (OURS, OURS_COMPILED):
+    for name in (n for n in sides.names if n in (OURS, OURS_COMPILED)):
         ours = results(sides[name], with_seed(op, given), benchmark.backward)
         for i, (got, true, error) in enumerate(zip(ours, truths, eager, strict=True)):
             if got.shape != true.shape:

@@ -140,6 +140,10 @@ def test_a_right_row_is_timed(measured: list[Record]) -> None:
         assert min(r.share_of_copy, r.share_of_read) > 0
         assert r.share_of_matmul > 0
     assert measured[1].ratio_vs_ours == 1
+    names = sides.Sides(row_of(torch.square)).names
+    assert sides.OURS_COMPILED in names
+    quick = sides.Sides(row_of(torch.square), quick=True).names
+    assert quick == tuple(n for n in names if n != sides.OURS_COMPILED)
 
 
 def test_csv(measured: list[Record], tmp_path: Path) -> None:
@@ -264,7 +268,7 @@ def test_a_wrong_loop_has_no_number(wrong: str, monkeypatch: pytest.MonkeyPatch)
         return getattr(right, part)(x, p, i + other, *args, **options, **kwargs)
 
     monkeypatch.setattr(loops.Loop, "op", dataclasses.replace(right, **{part: broken}))
-    monkeypatch.setattr(loops, "names", lambda one: (sides.EAGER, sides.OURS))
+    monkeypatch.setattr(loops, "names", lambda one, quick: (sides.EAGER, sides.OURS))
     monkeypatch.setattr(probes, "peak_memory", lambda *args: 3 << 20)
     found = {r.side: r for r in worker.loop(plan(beside=False), SMALL_LOOPS[0])}
     assert found[wrong].correct.startswith("WRONG: the end is off by")

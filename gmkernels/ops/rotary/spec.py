@@ -170,7 +170,7 @@ OPS = (
         inputs=rms_norm_inputs,
         cases=_RMS_NORM_CASES,
         benchmarks=(
-            Benchmark("forward", _GPT, headline=True),
+            Benchmark("forward", _GPT),
             Benchmark("forward bf16", _GPT, dtype=_BF16),
             Benchmark("forward+backward", _GPT, backward=True),
             Benchmark("forward+backward 4096x768", _HIDDEN, backward=True),
