@@ -214,7 +214,7 @@ def test_batch_rows_and_heads_stand_alone(backend):
     ("change", "kind", "words"),
     [
         ({"q": torch.zeros(3, 5, 8)}, ValueError, r"q must have shape \[B, H, T, D\]"),
-        ({"k": torch.zeros(1, 3, 5, 8)}, ValueError, "q's heads must be a multiple of k's"),
+        ({"k": torch.zeros(1, 3, 5, 8)}, ValueError, "q's heads must be a multiple of those of k"),
         ({"k": torch.zeros(2, 2, 5, 8)}, ValueError, "same batch and width"),
         ({"k": torch.zeros(1, 2, 5, 9)}, ValueError, "same batch and width"),
         ({"v": torch.zeros(1, 2, 6, 8)}, ValueError, "v must have k's shape"),

@@ -174,7 +174,11 @@ ZERO = torch.zeros(2, 2, 5, 8)
         ({"k_cache": ZERO[0]}, ValueError, r"k_cache must have shape \[B, H_kv, S, D\]"),
         ({"k_cache": ZERO[:, :1]}, ValueError, "v_cache must have k_cache's shape"),
         ({"v_cache": ZERO.half()}, TypeError, "the caches must have one dtype"),
-        ({"q": torch.zeros(2, 3, 1, 8)}, ValueError, "q's heads must be a multiple of the caches'"),
+        (
+            {"q": torch.zeros(2, 3, 1, 8)},
+            ValueError,
+            "must be a multiple of those of the caches",
+        ),
         ({"q": torch.zeros(1, 4, 1, 8)}, ValueError, "same batch and width"),
         ({"q": torch.zeros(2, 4, 1, 9)}, ValueError, "same batch and width"),
         ({"q": torch.zeros(2, 4, 1, 8).int()}, TypeError, "q must be float32"),

@@ -11,7 +11,7 @@ from torch import Tensor
 from gmkernels import checks, dispatch
 from gmkernels.autograd import DifferentiableOp
 from gmkernels.ops.attention import reference
-from gmkernels.ops.attention.options import MAX_WIDTH, scale_of, softcap_of, window_of
+from gmkernels.ops.attention.options import check_grouped, scale_of, softcap_of, window_of
 
 __all__ = ["attention_logsumexp", "causal_attention", "full_attention"]
 
@@ -32,18 +32,7 @@ def _check_heads(op: str, q: Any, k: Any, v: Tensor | None) -> None:
                 f"{op}: {name} must have shape [B, H, T, D], got {tuple(x.shape)}; "
                 f"{name}.unflatten(-1, (heads, -1)).transpose(1, 2) makes it of [B, T, H D]"
             )
-    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(
-            f"{op}: q and k must have the same batch and width D, got {tuple(q.shape)} and "
-            f"{tuple(k.shape)}"
-        )
-    if not 1 <= q.shape[3] <= MAX_WIDTH:
-        raise ValueError(f"{op}: D must lie in [1, {MAX_WIDTH}], got {q.shape[3]}")
-    if k.shape[1] < 1 or q.shape[1] % k.shape[1]:
-        raise ValueError(
-            f"{op}: q's heads must be a multiple of k's, each of which as many heads of q share, "
-            f"got {q.shape[1]} and {k.shape[1]}"
-        )
+    check_grouped(op, q, k, "k")
     if v is not None and v.shape != k.shape:
         raise ValueError(f"{op}: v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
 

@@ -7,6 +7,25 @@ from torch import Tensor
 MAX_WIDTH = 256  # of a head
 
 
+def check_grouped(op: str, q: Tensor, k: Tensor, keys: str) -> None:
+    """Raises ValueError unless heads q [B, H, T, D] can read the key heads k [B, H_kv, S, D].
+
+    keys: what k is called, "k" or "the caches".
+    """
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            f"{op}: q and {keys} must have the same batch and width D, got {tuple(q.shape)} and "
+            f"{tuple(k.shape)}"
+        )
+    if not 1 <= q.shape[3] <= MAX_WIDTH:
+        raise ValueError(f"{op}: D must lie in [1, {MAX_WIDTH}], got {q.shape[3]}")
+    if k.shape[1] < 1 or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"{op}: q's heads must be a multiple of those of {keys}, each of which as many heads "
+            f"of q share, got {q.shape[1]} and {k.shape[1]}"
+        )
+
+
 def scale_of(op: str, scale: float | None, width: int) -> float:
     """The factor of the scores."""
     if scale is None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gmkernels import checks, dispatch
 from gmkernels.autograd import DifferentiableOp
-from gmkernels.ops.attention.options import MAX_WIDTH, scale_of, softcap_of, window_of
+from gmkernels.ops.attention.options import check_grouped, scale_of, softcap_of, window_of
 from gmkernels.ops.decode import reference
 
 __all__ = ["decode_attention"]
@@ -35,18 +35,7 @@ def _check_heads(q: Any, k_cache: Any, v_cache: Any) -> None:
             f"{_OP}: the caches must have one dtype, since converting one would copy it at every "
             f"step, got {k_cache.dtype} and {v_cache.dtype}"
         )
-    if q.shape[0] != k_cache.shape[0] or q.shape[3] != k_cache.shape[3]:
-        raise ValueError(
-            f"{_OP}: q and the caches must have the same batch and width D, got {tuple(q.shape)} "
-            f"and {tuple(k_cache.shape)}"
-        )
-    if not 1 <= q.shape[3] <= MAX_WIDTH:
-        raise ValueError(f"{_OP}: D must lie in [1, {MAX_WIDTH}], got {q.shape[3]}")
-    if k_cache.shape[1] < 1 or q.shape[1] % k_cache.shape[1]:
-        raise ValueError(
-            f"{_OP}: q's heads must be a multiple of the caches', each of which as many heads of q "
-            f"share, got {q.shape[1]} and {k_cache.shape[1]}"
-        )
+    check_grouped(_OP, q, k_cache, "the caches")
 
 
 def _check_lengths(lengths: Any, q: Tensor) -> None:
