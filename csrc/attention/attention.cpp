@@ -23,19 +23,14 @@ struct Ranges {
 static void pack_sequences(const Layout& layout, const Tensor& offsets, int64_t tokens,
                            Ranges& ranges) {
   const bool is_long = offsets.scalar_type() == ScalarType::Long;
-  GM_CHECK(is_long || offsets.scalar_type() == ScalarType::Int, layout.op,
-           ": cu_seqlens must be int64 or int32");
-  GM_CHECK(offsets.is_cpu() && offsets.dim() == 1 && offsets.is_contiguous(), layout.op,
-           ": cu_seqlens must be a contiguous vector on the CPU");
   const auto at = [&](int64_t i) {
     return is_long ? ((const int64_t*)offsets.data_ptr())[i]
                    : (int64_t)((const int32_t*)offsets.data_ptr())[i];
   };
   const int64_t count = offsets.size(0);
-  GM_CHECK(count >= 1 && at(0) == 0 && at(count - 1) == tokens, layout.op,
+  GM_CHECK(at(0) == 0 && at(count - 1) == tokens, layout.op,
            ": cu_seqlens must begin with 0 and end with the number of tokens ", tokens,
-           ", got a vector of ", count, " from ", count ? at(0) : -1, " to ",
-           count ? at(count - 1) : -1);
+           ", got a vector of ", count, " from ", at(0), " to ", at(count - 1));
   for (int64_t s = 0; s + 1 < count; ++s) {
     const int64_t begin = at(s), end = at(s + 1);
     GM_CHECK(begin <= end && end <= tokens, layout.op,
@@ -45,14 +40,27 @@ static void pack_sequences(const Layout& layout, const Tensor& offsets, int64_t 
   }
 }
 
+static void check_key_mask(const Layout& layout, const Tensor& mask, const AttentionArgs& a) {
+  layout.check_device("key_mask", mask);
+  GM_CHECK(mask.scalar_type() == ScalarType::Bool && mask.dim() == 2 && mask.size(0) == a.batches &&
+               mask.size(1) == a.keys,
+           layout.op, ": key_mask must be a bool tensor of shape (", a.batches, ", ", a.keys,
+           "), got ", shape_text(mask));
+}
+
+static void check_offsets(const Layout& layout, const Tensor& offsets, const AttentionArgs& a) {
+  layout.check_device("cu_seqlens", offsets);
+  GM_CHECK(a.batches == 1 && a.queries == a.keys, layout.op,
+           ": packed sequences have a batch of 1 and as many keys as queries");
+  GM_CHECK(offsets.scalar_type() == ScalarType::Long || offsets.scalar_type() == ScalarType::Int,
+           layout.op, ": cu_seqlens must be int64 or int32");
+  GM_CHECK(offsets.dim() == 1 && offsets.size(0) >= 1 && offsets.is_contiguous(), layout.op,
+           ": cu_seqlens must be a contiguous vector of S + 1 offsets");
+}
+
 // Narrows the ranges of each batch to its first and last seen key; hands the mask on if keys
 // between them are hidden.
-static void apply_key_mask(const Layout& layout, const Tensor& mask, AttentionArgs& a,
-                           Ranges& ranges) {
-  GM_CHECK(mask.is_cpu() && mask.scalar_type() == ScalarType::Bool && mask.dim() == 2 &&
-               mask.size(0) == a.batches && mask.size(1) == a.keys,
-           layout.op, ": key_mask must be a bool tensor of shape (", a.batches, ", ", a.keys,
-           ") on the CPU, got ", shape_text(mask));
+static void apply_key_mask(const Tensor& mask, AttentionArgs& a, Ranges& ranges) {
   ranges.mask.resize(a.batches * a.keys);
   ranges.low.resize(a.batches * a.queries);
   ranges.high.resize(a.batches * a.queries);
@@ -86,8 +94,7 @@ static void find_ranges(const Layout& layout, const MaybeTensor& key_mask,
   ranges.high.assign(a.queries, (int32_t)a.keys);
   a.range_stride = 0;
   if (cu_seqlens) {
-    GM_CHECK(a.batches == 1 && a.queries == a.keys, layout.op,
-             ": packed sequences have a batch of 1 and as many keys as queries");
+    check_offsets(layout, *cu_seqlens, a);
     pack_sequences(layout, *cu_seqlens, a.queries, ranges);
   }
   for (int64_t i = 0; causal && i < a.queries; ++i) {
@@ -97,14 +104,16 @@ static void find_ranges(const Layout& layout, const MaybeTensor& key_mask,
     if (window > 0)
       ranges.low[i] = std::max(ranges.low[i], (int32_t)std::max<int64_t>(high - window, 0));
   }
-  if (key_mask) apply_key_mask(layout, *key_mask, a, ranges);
+  if (key_mask) {
+    check_key_mask(layout, *key_mask, a);
+    apply_key_mask(*key_mask, a, ranges);
+  }
   a.lo = ranges.low.data();
   a.hi = ranges.high.data();
 }
 
 static AttentionArgs read_args(const Layout& layout, const Tensor& q, const Tensor& k,
                                const MaybeTensor& v, double scale, double softcap) {
-  GM_CHECK(!layout.is_cuda, layout.op, ": has no CUDA C++ kernel; use backend='triton'");
   AttentionArgs a;
   a.q = heads_of(layout, "q", q);
   a.k = heads_of(layout, "k", k);
@@ -134,6 +143,42 @@ static AttentionArgs read_args(const Layout& layout, const Tensor& q, const Tens
   return a;
 }
 
+#if defined(GM_CUDA)
+// A call on the GPU, and the memory that it points into.
+struct CudaCall {
+  CudaScope scope;
+  AttentionCudaArgs args;
+  MaybeTensor mask, bounds, statistics;
+
+  CudaCall(const Layout& layout, const AttentionArgs& a, const Tensor& q,
+           const MaybeTensor& key_mask, const MaybeTensor& cu_seqlens, bool causal, int64_t window)
+      : scope(layout.device) {
+    (AttentionArgs&)args = a;
+    args.causal = causal;
+    args.window = (int32_t)std::clamp<int64_t>(window, 0, a.keys);
+    if (key_mask) {
+      check_key_mask(layout, *key_mask, a);
+      mask = torch::stable::contiguous(*key_mask);
+      args.key_mask = (const uint8_t*)mask->data_ptr();
+    }
+    if (!cu_seqlens) return;
+    check_offsets(layout, *cu_seqlens, a);
+    args.offsets = cu_seqlens->data_ptr();
+    args.long_offsets = cu_seqlens->scalar_type() == ScalarType::Long;
+    args.sequences = cu_seqlens->size(0) - 1;
+    const int64_t sizes[2] = {2, a.queries};
+    bounds = allocate(layout.op, q, sizes, 2, ScalarType::Float);  // room for int32
+    args.bounds = (int32_t*)bounds->data_ptr();
+  }
+
+  void allocate_statistics(const Layout& layout, const Tensor& q) {
+    const int64_t sizes[3] = {args.batches * args.heads, padded_queries(args.queries), 2};
+    statistics = allocate(layout.op, q, sizes, 3, ScalarType::Float);
+    args.statistics = (float*)statistics->data_ptr();
+  }
+};
+#endif
+
 // Runs body over tasks, on the caller's thread if the whole call is small.
 template <class Body>
 static void run_tasks(const AttentionArgs& a, int64_t tasks, const Body& body) {
@@ -148,13 +193,20 @@ static Two attention_forward(const Tensor& q, const Tensor& k, const MaybeTensor
                              bool causal, int64_t window, double scale, double softcap) {
   const Layout layout("attention", q);
   AttentionArgs a = read_args(layout, q, k, v, scale, softcap);
-  Ranges ranges;
-  find_ranges(layout, key_mask, cu_seqlens, causal, window, a, ranges);
   const Tensor o = v ? allocate_like(layout.op, q) : allocate_nothing(layout.op, q);
   const int64_t sizes[3] = {a.batches, a.heads, a.queries};
   const Tensor lse = allocate(layout.op, q, sizes, 3, ScalarType::Float);
   a.o_out = o.data_ptr();
   a.lse_out = (float*)lse.data_ptr();
+  if (layout.is_cuda) {
+#if defined(GM_CUDA)
+    const CudaCall call(layout, a, q, key_mask, cu_seqlens, causal, window);
+    attention_forward_cuda(call.args, call.scope.stream());
+#endif
+    return {o, lse};
+  }
+  Ranges ranges;
+  find_ranges(layout, key_mask, cu_seqlens, causal, window, a, ranges);
   const AttentionTable& table = select_attention(a.q.dtype);
   run_tasks(a, a.batches * a.heads * a.tiles(),
             [&](int64_t begin, int64_t end) { table.forward(a, begin, end); });
@@ -187,8 +239,6 @@ static Three attention_backward(const MaybeTensor& dout, const MaybeTensor& dlse
                                 double scale, double softcap, int64_t needs) {
   const Layout layout("attention_backward", q);
   AttentionArgs a = read_args(layout, q, k, v, scale, softcap);
-  Ranges ranges;
-  find_ranges(layout, key_mask, cu_seqlens, causal, window, a, ranges);
   if (dout && v) {  // without v there is no o whose gradient could matter
     a.dout = heads_of(layout, "do", *dout);
     a.o = heads_of(layout, "o", o);
@@ -209,6 +259,16 @@ static Three attention_backward(const MaybeTensor& dout, const MaybeTensor& dlse
     return gradient;
   };
   const Tensor dq = wanted(0, q, a.dq), dk = wanted(1, k, a.dk), dv = wanted(2, v, a.dv);
+  if (layout.is_cuda) {
+#if defined(GM_CUDA)
+    CudaCall call(layout, a, q, key_mask, cu_seqlens, causal, window);
+    call.allocate_statistics(layout, q);
+    attention_backward_cuda(call.args, call.scope.stream());
+#endif
+    return {dq, dk, dv};
+  }
+  Ranges ranges;
+  find_ranges(layout, key_mask, cu_seqlens, causal, window, a, ranges);
   a.parts = parts_of(a);
   const int64_t pairs = a.batches * a.kv_heads;
   std::unique_ptr<float[]> partial;

@@ -31,6 +31,28 @@ struct AttentionArgs {
   int64_t tiles() const { return (queries + kTile - 1) / kTile; }
 };
 
+// Queries in whole tiles.
+GM_HD int64_t padded_queries(int64_t queries) { return (queries + kTile - 1) / kTile * kTile; }
+
+// A call on the GPU: its kernels find what a query sees themselves. lo, hi, parts and partial are
+// not used; k and v have k's rows, key_mask hides keys of any place.
+struct AttentionCudaArgs : AttentionArgs {
+  bool causal = false;
+  int32_t window = 0;  // keys a query sees at most; 0: all
+  // Packed sequences: offsets [sequences + 1] of int64 or int32, and bounds [2, Tq] to fill in, the
+  // first and the end of the sequence of each token; null for one sequence.
+  const void* offsets = nullptr;
+  bool long_offsets = false;
+  int64_t sequences = 0;
+  int32_t* bounds = nullptr;
+  // Backward: [B, H, padded_queries(Tq), 2] to fill in: lse in powers of two, delta.
+  float* statistics = nullptr;
+};
+
+// On a stream. Raise std::runtime_error where CUDA refuses.
+void attention_forward_cuda(const AttentionCudaArgs& args, void* stream);
+void attention_backward_cuda(const AttentionCudaArgs& args, void* stream);
+
 struct AttentionTable {
   // Tasks of the forward: a tile of queries each, tiles() of each (batch, head).
   void (*forward)(const AttentionArgs& args, int64_t begin, int64_t end);

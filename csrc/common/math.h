@@ -209,18 +209,24 @@ GM_HD F log(F x) {
 }
 
 #if defined(__CUDACC__)
-// tanh x to an ulp and a half, in few registers: x + x^3 P(x^2) below 0.6, else
-// 1 - 2 / (exp(2 |x|) + 1).
+// tanh x = x + x^3 P(x^2) for |x| < 0.6
 template <class F>
-GM_HD F tanh(F x) {
-  const int_of<F> sign = bits(x) & (int32_t)0x80000000;
-  const F a = from_bits(bits(x) ^ sign), s = x * x;
+GM_HD F tanh_near(F x) {
+  const F s = x * x;
   F p = fma(s, splat<F>(-0.0058998968452215195f), splat<F>(0.020800143480300903f));
   p = fma(p, s, splat<F>(-0.05378509685397148f));
   p = fma(p, s, splat<F>(0.13331939280033112f));
   p = fma(p, s, splat<F>(-0.33333298563957214f));
+  return fma(p * s, x, x);
+}
+
+// tanh x to an ulp and a half, in few registers: beyond 0.6 1 - 2 / (exp(2 |x|) + 1).
+template <class F>
+GM_HD F tanh(F x) {
+  const int_of<F> sign = bits(x) & (int32_t)0x80000000;
+  const F a = from_bits(bits(x) ^ sign);
   const F far = 1.0f - 2.0f / (exp(a * 2.0f) + 1.0f);
-  return select(a < 0.6f, fma(p * s, x, x), from_bits(bits(far) | sign));
+  return select(a < 0.6f, tanh_near(x), from_bits(bits(far) | sign));
 }
 #else
 // tanh x = m / (2 - m), m = -expm1(-2 |x|), to 3.3 ulp; -2 |x| = (n + r) ln 2. One form for all x:

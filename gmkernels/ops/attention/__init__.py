@@ -147,8 +147,9 @@ def causal_attention(
 
     Differentiable twice and more in q, k and v; second derivatives through the reference formula,
     which makes a matrix T x T. Accuracy: within twice the error of eager PyTorch in the same dtype
-    plus 4 ulp of the output's scale. Limits: on a GPU Triton runs it; routing to PyTorch's own
-    attention waits for a measurement. Sources: Vaswani et al. 2017, eq. 1; Dao et al. 2022.
+    plus 4 ulp of the output's scale. Limits: the CUDA C++ kernels have not run on a GPU yet;
+    routing to PyTorch's own attention waits for a measurement. Sources: Vaswani et al. 2017, eq. 1;
+    Dao et al. 2022.
 
     >>> import torch, gmkernels
     >>> q = torch.zeros(1, 1, 3, 2)
