@@ -11,7 +11,7 @@
 namespace gm {
 namespace GM_ISA {
 
-static_assert(kChunk % kBlock == 0 && kBlock % (4 * kLanes) == 0, "blocks must tile chunks");
+static_assert(kChunk % kBlock == 0 && kBlock % (8 * kLanes) == 0, "blocks must tile chunks");
 
 struct alignas(64) Buffer {
   float data[kBlock];
@@ -107,19 +107,45 @@ static inline void close_block(const Result& y, int64_t row, int64_t start, int6
   for (; i < n; ++i) out[i] = is_bf16 ? to_bf16(buffer.data[i]) : to_f16(buffer.data[i]);
 }
 
-// kLanes counters (d / 4, row, stream) -> the four words of each, as vectors of counters.
-static inline void philox_words(const NoiseKey& key, uint64_t row, uint32_t counter, vu words[4]) {
+// N vectors of words in lockstep: steps that do not wait for each other stand side by side, so that
+// the core's window holds all N chains at once.
+template <int N>
+struct Lockstep {
+  vu64 part[N];
+};
+template <int N>
+static inline Lockstep<N> operator^(Lockstep<N> a, const Lockstep<N>& b) {
+  for (int i = 0; i < N; ++i) a.part[i] ^= b.part[i];
+  return a;
+}
+template <int N>
+static inline Lockstep<N> operator^(Lockstep<N> a, uint32_t key) {
+  for (int i = 0; i < N; ++i) a.part[i] ^= key;
+  return a;
+}
+template <int N>
+static inline void mulhilo(const Lockstep<N>& a, uint32_t m, Lockstep<N>& hi, Lockstep<N>& lo) {
+  for (int i = 0; i < N; ++i) mulhilo(a.part[i], m, hi.part[i], lo.part[i]);
+}
+
+// kGroups kLanes counters (d / 4, row, stream) -> the four words of each, as vectors of counters,
+// four of them a group.
+template <int kGroups = 1>
+static inline void philox_words(const NoiseKey& key, uint64_t row, uint32_t counter, vu* words) {
   static const uint64_t kEven[8] = {0, 2, 4, 6, 8, 10, 12, 14};
   vu64 even;
   memcpy(&even, kEven, sizeof(even));
-  even += counter;
-  const vu64 odd = even + 1;
-  const uint32_t k0 = (uint32_t)key.seed, k1 = (uint32_t)(key.seed >> 32);
-  vu64 e[4] = {even, vu64{} + (uint32_t)row, vu64{} + (row >> 32), vu64{} + key.stream};
-  vu64 o[4] = {odd, e[1], e[2], e[3]};
-  philox4x32_10(e[0], e[1], e[2], e[3], k0, k1);
-  philox4x32_10(o[0], o[1], o[2], o[3], k0, k1);
-  for (int j = 0; j < 4; ++j) words[j] = interleave_words(e[j], o[j]);
+  Lockstep<2 * kGroups> c[4];  // of each group the even counters, then the odd ones
+  for (int i = 0; i < 2 * kGroups; ++i) {
+    c[0].part[i] = even + (counter + (uint32_t)(i / 2 * kLanes + i % 2));
+    c[1].part[i] = vu64{} + (uint32_t)row;
+    c[2].part[i] = vu64{} + (row >> 32);
+    c[3].part[i] = vu64{} + key.stream;
+  }
+  philox4x32_10(c[0], c[1], c[2], c[3], (uint32_t)key.seed, (uint32_t)(key.seed >> 32));
+  for (int i = 0; i < kGroups; ++i)
+    for (int j = 0; j < 4; ++j)
+      words[4 * i + j] = interleave_words(c[j].part[2 * i], c[j].part[2 * i + 1]);
 }
 
 // Standard normals at positions [start, start + n) of a row; start is a multiple of 4, n at most
@@ -128,8 +154,11 @@ static inline void philox_words(const NoiseKey& key, uint64_t row, uint32_t coun
 // wait.
 static inline void normals(const NoiseKey& key, int64_t row, int64_t start, int64_t n, float* out) {
   alignas(64) vu words[kBlock / kLanes];
-  for (int64_t i = 0; i < n; i += 4 * kLanes)
-    philox_words(key, key.offset + (uint64_t)row, (uint32_t)((start + i) / 4), words + i / kLanes);
+  const uint64_t noise_row = key.offset + (uint64_t)row;
+  int64_t at = 0;
+  for (; at + 4 * kLanes < n; at += 8 * kLanes)
+    philox_words<2>(key, noise_row, (uint32_t)((start + at) / 4), words + at / kLanes);
+  if (at < n) philox_words(key, noise_row, (uint32_t)((start + at) / 4), words + at / kLanes);
   for (int64_t i = 0; i < n; i += 4 * kLanes) {
     const vu* w = words + i / kLanes;
     vf n0, n1, n2, n3;

@@ -32,6 +32,7 @@ GM_HD void mulhilo(uint32_t a, uint32_t m, uint32_t& hi, uint32_t& lo) {
 // c: the counter on entry, the four random words on return.
 template <class U>
 GM_HD void philox4x32_10(U& c0, U& c1, U& c2, U& c3, uint32_t k0, uint32_t k1) {
+#pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
     U hi0, lo0, hi1, lo1;
     mulhilo(c0, kPhiloxM0, hi0, lo0);

@@ -202,14 +202,22 @@ static inline vf fma(vf a, vf b, vf c) {
 #endif
 }
 
-// Sum of the lanes in a fixed order.
+// Sum of the lanes in a fixed order: the upper half to the lower, until one is left.
 static inline float sum_lanes(float x) { return x; }
 static inline float sum_lanes(vf x) {
-  float lanes[kLanes];
-  memcpy(lanes, &x, sizeof(x));
-  for (int half = kLanes / 2; half >= 1; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  const __m512 upper = _mm512_shuffle_f32x4((__m512)x, (__m512)x, 0xee);
+  const __m256 y = _mm512_castps512_ps256(_mm512_add_ps((__m512)x, upper));
+#else
+  const __m256 y = (__m256)x;
+#endif
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#else
+  return (x[0] + x[2]) + (x[1] + x[3]);
+#endif
 }
 static inline float max_lanes(vf x) {
   float top = x[0];

@@ -32,41 +32,56 @@ static ContrastArgs read_args(const Layout& layout, const Tensor& q, const Maybe
            shape_text(*k));
   GM_CHECK(k || a.rows % 2 == 0, layout.op, ": without k the rows must be two views of N, got ",
            shape_text(q));
+  a.symmetric = !k;
   a.pairs = k ? a.rows : a.rows / 2;
   a.scale = (float)scale;
   return a;
 }
 
-// The same pass seen from the other rows.
-static ContrastArgs turned(ContrastArgs a) {
-  std::swap(a.own, a.other);
-  std::swap(a.lse, a.other_lse);
-  std::swap(a.dlse, a.other_dlse);
-  return a;
-}
+// The float32 memory of one call, freed with it.
+class Memory {
+ public:
+  explicit Memory(const Tensor& like) : like_(like) {}
+  float* floats(int64_t count) {
+    kept_.push_back(allocate("contrastive", like_, &count, 1, ScalarType::Float));
+    return (float*)kept_.back().data_ptr();
+  }
 
-// Runs body over tiles, on the caller's thread if the whole call is small.
-template <class Body>
-static void run_tiles(const ContrastArgs& a, const Body& body) {
+ private:
+  const Tensor& like_;
+  std::vector<Tensor> kept_;
+};
+
+using Round = void (*)(const ContrastArgs& args, int64_t round, int64_t begin, int64_t end);
+
+// All visits of all pairs of tiles, on the caller's thread if the whole call is small.
+static void run_rounds(ContrastArgs& a, const ContrastTable& table, Round visit, Memory& memory) {
   if (a.rows == 0) return;
-  if ((double)a.rows * a.rows * a.width < 1e5) return body((int64_t)0, a.tiles());
-  torch::stable::parallel_for(0, a.tiles(), 1, body);
-}
-
-static Tensor forward(const Layout& layout, ContrastArgs a, const Tensor& like) {
-  const Tensor lse = allocate(layout.op, like, &a.rows, 1, ScalarType::Float);
-  a.lse_out = (float*)lse.data_ptr();
-  const ContrastTable& table = select_contrast(a.own.dtype);
-  run_tiles(a, [&](int64_t begin, int64_t end) { table.forward(a, begin, end); });
-  return lse;
+  const bool small = (double)a.rows * a.rows * a.width < 1e5;
+  const auto run = [&](int64_t tasks, const auto& body) {
+    small ? body((int64_t)0, tasks) : torch::stable::parallel_for(0, tasks, 1, body);
+  };
+  a.turned = memory.floats(a.tiles() * kTile * padded(a.width));
+  run(a.tiles(), [&](int64_t begin, int64_t end) { table.prepare(a, begin, end); });
+  for (int64_t round = 0; round < a.rounds(); ++round)
+    run(a.visits(round), [&](int64_t begin, int64_t end) { visit(a, round, begin, end); });
+  run(a.tiles(), [&](int64_t begin, int64_t end) { table.finish(a, begin, end); });
 }
 
 static Two contrastive_forward(const Tensor& q, const MaybeTensor& k, double scale, bool both) {
   const Layout layout("contrastive", q);
-  const ContrastArgs a = read_args(layout, q, k, scale);
-  const int64_t none = 0;
-  return {forward(layout, a, q), k && both ? forward(layout, turned(a), q)
-                                           : allocate(layout.op, q, &none, 1, ScalarType::Float)};
+  ContrastArgs a = read_args(layout, q, k, scale);
+  Memory memory(q);
+  const int64_t columns = k && both ? a.rows : 0;
+  const Tensor lse = allocate(layout.op, q, &a.rows, 1, ScalarType::Float);
+  const Tensor other_lse = allocate(layout.op, q, &columns, 1, ScalarType::Float);
+  a.lse_out = (float*)lse.data_ptr();
+  if (columns) a.other_lse_out = (float*)other_lse.data_ptr();
+  a.own_running = memory.floats(a.tiles() * kTile * kOwnRunning);
+  if (a.symmetric || columns) a.other_running = memory.floats(a.rows * kOtherRunning);
+  const ContrastTable& table = select_contrast(a.own.dtype);
+  run_rounds(a, table, table.forward, memory);
+  return {lse, other_lse};
 }
 
 // A contiguous float32 [rows], as the kernels read it.
@@ -99,15 +114,21 @@ static Two contrastive_backward(const MaybeTensor& drows, const MaybeTensor& dco
     a.other_lse = pointer("columns", columns);
     a.other_dlse = pointer("dcolumns", *dcolumns);
   }
-  const ContrastTable& table = select_contrast(a.own.dtype);
-  const auto gradient = [&](int bit, ContrastArgs pass, const MaybeTensor& like) {
+  const auto gradient = [&](int bit, const MaybeTensor& like, void*& slot) {
     if (!(needs >> bit & 1) || !like) return allocate_nothing(layout.op, q);
     const Tensor made = allocate_like(layout.op, *like);
-    pass.gradient = made.data_ptr();
-    run_tiles(pass, [&](int64_t begin, int64_t end) { table.gradient(pass, begin, end); });
+    slot = made.data_ptr();
     return made;
   };
-  return {gradient(0, a, q), gradient(1, turned(a), k)};
+  const Tensor dq = gradient(0, q, a.gradient), dk = gradient(1, k, a.other_gradient);
+  if (!a.gradient && !a.other_gradient) return {dq, dk};
+  Memory memory(q);
+  const int64_t floats = a.rows * padded(a.width);
+  if (a.gradient) a.own_sums = memory.floats(floats);
+  if (a.other_gradient || a.symmetric) a.other_sums = memory.floats(floats);
+  const ContrastTable& table = select_contrast(a.own.dtype);
+  run_rounds(a, table, table.gradient, memory);
+  return {dq, dk};
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(gmkernels, m) {

@@ -4,7 +4,8 @@
 namespace gm {
 namespace GM_ISA {
 
-extern const ContrastTable contrast_table = {forward_tiles<Pairs>, gradient_tiles<Pairs>};
+extern const ContrastTable contrast_table = {prepare_tiles<Pairs>, forward_round<Pairs>,
+                                             gradient_round<Pairs>, finish_tiles};
 
 }  // namespace GM_ISA
 }  // namespace gm

@@ -144,7 +144,8 @@ static Tensor rms_norm_forward(const Tensor& x, const MaybeTensor& weight, doubl
 // Sums of the groups in double, in order.
 static void sum_groups(const std::vector<float>& sums, int64_t width, const Tensor& dweight) {
   std::vector<double> total(width);
-  for (size_t i = 0; i < sums.size(); ++i) total[i % width] += sums[i];
+  for (size_t group = 0; group < sums.size(); group += width)
+    for (int64_t i = 0; i < width; ++i) total[i] += sums[group + i];
   for (int64_t i = 0; i < width; ++i) ((float*)dweight.data_ptr())[i] = (float)total[i];
 }
 

@@ -24,15 +24,17 @@ Of NT-Xent k = q and s is symmetric, so c = r, and one pass with dc = dr has bot
 Backward saves q, k, r and c. It makes s again, in blocks; no matrix N x N is ever stored.
 
 Bytes: q and k once, r once, in each direction; eager PyTorch moves four to eight matrices N x N
-more. Flops: 2 D a pair of rows for r, the same again for c; 4 D for each gradient.
+more. Flops: 2 D a pair of rows for r and c together, the same again in backward, and 2 D for each
+gradient. On the CPU each block of s serves both of its sides, and of NT-Xent's symmetric s one half
+is made; on the GPU each side makes its own.
 
 Numerics. Scores, running maxima and sums are float32. The partner stays out of the sum: the loss of
 a pair told apart well is near exp(r_i - s_ip), far below the rounding of a sum with 1 in it, and
 keeps its digits. bfloat16 and float16 rows are multiplied exactly and summed in float32; where
 the CPU or the GPU multiplies bfloat16, W is rounded to it once. A stored r carries its rounding,
 |r| 2^-24 in the loss and as a relative error of W; rows of length 1 have |r| <= 1 / tau + log 2N.
-The other rows stream in blocks in order, so bits are the same on every run and for any number of
-threads. Every loss depends on the whole batch: a NaN anywhere is a NaN everywhere.
+Blocks come in an order that follows from the shape alone, so bits are the same on every run and for
+any number of threads. Every loss depends on the whole batch: a NaN anywhere is a NaN everywhere.
 """
 
 import torch
