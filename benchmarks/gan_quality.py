@@ -39,6 +39,11 @@ RUNS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "digits-gan": ("gan", "digits", ("--steps", "2000", "--every", "2000", "--batch-size", "100")),
     "digits-inverted": ("cyclegan", "digits", ("-o", "domain=inverted", "--every", "1000")),
+    "digits-rotated": (
+        "cyclegan",
+        "digits",
+        ("-o", "domain=rotated", "-o", "moves=true", "--every", "1000"),
+    ),
     "digits-thickened": ("cyclegan", "digits", ("-o", "domain=thickened", "--every", "1000")),
 }
 EVERY_SEED = ("ring-gan",)

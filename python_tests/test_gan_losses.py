@@ -139,7 +139,13 @@ class Parameters(nn.Module):
         return self.op(h, *self.tensors)
 
 
-SPLIT = gmkernels.Split.halves(8)
+SPLIT, SCHEDULE = gmkernels.Split.halves(8), gmkernels.Schedule.linear(100)
+
+
+def rotary_attention(q, k, v):
+    table = gmkernels.rotary_table(4, 2)
+    q, k = (gmkernels.rotary_embedding(x, *table) for x in (q, k))
+    return gmkernels.full_attention(q, k, v)
 
 
 OPS = {
@@ -159,6 +165,16 @@ OPS = {
     "bernoulli_nll": lambda: Parameters(
         lambda h, w: gmkernels.bernoulli_nll((h @ w).sigmoid(), h)[:, None].expand(-1, 8), (8, 8)
     ),
+    "logit_inverse": lambda: Parameters(lambda h: gmkernels.logit_inverse(h)[0]),
+    "rms_norm": lambda: Parameters(gmkernels.rms_norm, (8,)),
+    "rotary_embedding": lambda: Attention(rotary_attention),
+    "reparameterize_kl": lambda: Parameters(
+        lambda h, w: gmkernels.reparameterize_kl(h, h @ w, seed=7)[0], (8, 8)
+    ),
+    "gaussian_kl": lambda: Parameters(
+        lambda h, w: gmkernels.gaussian_kl(h, h @ w)[:, None].expand(-1, 8), (8, 8)
+    ),
+    "add_noise": lambda: Parameters(lambda h: gmkernels.add_noise(h, 30, SCHEDULE, seed=7)),
 }
 
 

@@ -1,5 +1,6 @@
 """CycleGAN between small grey pictures and a changed version of them: what `train` builds."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -45,6 +46,25 @@ class Translator(nn.Sequential):
         )
 
 
+class Rearrangement(nn.Module):
+    """Pictures whose pixels move: out[p] = sum_q w[p, q] x[q], with rows of w that sum to 1.
+
+    w = softmax(10 weight), weight [H W, H W]: blurred pictures at first, a permutation of the
+    pixels at the end if the other domain is one. Nothing says which pixels are neighbours.
+
+    Args: shape: (1, H, W).
+    """
+
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        pixels = math.prod(shape)
+        # Ten times what is learned, so that Adam's steps of a few 1e-3 make the rows sharp.
+        self.weight = nn.Parameter(0.01 * torch.randn(pixels, pixels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.flatten(1) @ (10 * self.weight).softmax(1).T).view(x.shape)
+
+
 class ImageCycleGAN(CycleGAN):
     """A CycleGAN whose second domain is made from the first: `domain` of other pictures."""
 
@@ -68,25 +88,27 @@ def cyclegan(
     domain: str = "thickened",
     width: int = 16,
     cycle: float = 10.0,
-    identity: float = 1.0,
+    identity: float = 0.0,
     pool: int = 50,
+    moves: bool = False,
 ) -> ImageCycleGAN:
     """A CycleGAN from square grey pictures to "inverted", "rotated" or "thickened" ones.
 
     Args:
-        domain: dark and light exchanged; a quarter turn; each pixel the largest of 2 x 2. These
-            generators keep what they see in its place: they find the last; the first not by
-            every training loop; the turn hardly.
-        width: of the generators; the critics have twice as many channels. Others as in CycleGAN.
+        domain: dark and light exchanged; a quarter turn; each pixel the largest of 2 x 2.
+        width: of the generators; the critics have twice as many channels.
+        identity: above 0 it holds the generators where they are, away from "inverted", "rotated".
+        moves: generators that move pixels and do nothing else, for "rotated"; the others keep what
+            they see near its place. Others as in CycleGAN.
     """
     if domain not in DOMAINS:
         raise ValueError(f"domain must be one of {', '.join(DOMAINS)}, got {domain!r}")
     if width < 1:
         raise ValueError(f"cyclegan: width must be >= 1, got {width}")
     shape = square_shape("cyclegan", pixels)
+    generators = [Rearrangement(shape) if moves else Translator(width) for _ in range(2)]
     model = ImageCycleGAN(
-        Translator(width),
-        Translator(width),
+        *generators,
         DCGANCritic(shape, width),
         DCGANCritic(shape, width),
         shape,
