@@ -41,7 +41,7 @@ else
 build/.requirements: .venv/bin/python requirements.txt
 	@mkdir -p build
 	@echo "installing requirements.txt into .venv (torch is large: minutes on a slow line)"
-	@$(PY) -m pip install -q --disable-pip-version-check -r requirements.txt
+	@$(PY) -m pip install -q --disable-pip-version-check --no-compile -r requirements.txt
 	@touch $@
 endif
 

@@ -34,7 +34,10 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One compiled kernel: its instructions in order, and what it takes of the machine."""
+    """One compiled kernel: its instructions in order, and what it takes of the machine.
+
+    Without instructions, it was read for the rest alone, and its stack is empty: nothing spills.
+    """
 
     name: str
     code: tuple[Instruction, ...]
@@ -155,33 +158,45 @@ def tool(name: str) -> str:
     return found
 
 
-def read_cubin(path: Path) -> list[Kernel]:
-    """Every kernel of a cubin."""
-    sass, usage = (
-        subprocess.run(
-            [tool("cuobjdump"), option, str(path)], capture_output=True, text=True, check=True
-        ).stdout
-        for option in ("-sass", "-res-usage")
-    )
-    return parse_sass(sass, usage)
+def read_cubin(path: Path, code: bool) -> list[Kernel]:
+    """Every kernel of a cubin; without `code`, instructions are read only where a stack is used.
+
+    Reading them takes as long as compiling a small kernel.
+    """
+
+    def dump(option: str) -> str:
+        command = [tool("cuobjdump"), option, str(path)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    usage = dump("-res-usage")
+    if code or any(stack for _, _, stack in parse_usage(usage).values()):
+        return parse_sass(dump("-sass"), usage)
+    return [
+        Kernel(name, (), registers, shared)
+        for name, (registers, shared, _) in parse_usage(usage).items()
+    ]
 
 
-def read_cubin_bytes(cubin: bytes) -> list[Kernel]:
-    """Every kernel of a cubin in memory."""
+def read_cubin_bytes(cubin: bytes, code: bool) -> list[Kernel]:
+    """Every kernel of a cubin in memory, as read_cubin."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        return read_cubin(path)
+        return read_cubin(path, code)
+
+
+def parse_usage(usage: str) -> dict[str, tuple[int, int, int]]:
+    """{kernel: (registers, bytes of shared memory, bytes of stack)} of cuobjdump -res-usage."""
+    pattern = r"Function (\S+?):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
+    return {
+        name: (int(registers), int(shared), int(stack) + int(local))
+        for name, registers, stack, shared, local in re.findall(pattern, usage)
+    }
 
 
 def parse_sass(sass: str, usage: str) -> list[Kernel]:
     """Kernels from what cuobjdump prints for -sass and for -res-usage."""
-    resources = {
-        name: (int(registers), int(shared))
-        for name, registers, shared in re.findall(
-            r"Function (\S+?):\s+REG:(\d+) .*?SHARED:(\d+)", usage
-        )
-    }
+    resources = parse_usage(usage)
     kernels = []
     for part in sass.split("Function : ")[1:]:
         name = part.split(maxsplit=1)[0]
@@ -192,7 +207,7 @@ def parse_sass(sass: str, usage: str) -> list[Kernel]:
             where = int(target.group(1), 16) if target else None
             conditional = bool(predicate) or opcode.startswith(("BRA.U", "BRA.DIV"))
             code.append(Instruction(int(address, 16), opcode, conditional, where))
-        kernels.append(Kernel(name, tuple(code), *resources.get(name, (0, 0))))
+        kernels.append(Kernel(name, tuple(code), *resources[name][:2]))
     return kernels
 
 

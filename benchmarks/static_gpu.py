@@ -2,10 +2,11 @@
 
 Each Triton kernel of each row is compiled ahead of time for NVIDIA sm_80, sm_90 and sm_100 and for
 AMD gfx942; each csrc/*/*_cuda.cu for sm_80, sm_90a and sm_100a where nvcc is on PATH. The report
-gives registers, spills, the width of loads and stores, and instructions an element: the innermost
-loop body (the whole kernel if there is none) over the elements that a thread makes in it. With the
-bytes an element these bound the speed on an H100: it copies 3.0 TB/s and issues the instructions of
-132 x 4 warps a cycle at 1.755 GHz, whichever is slower.
+gives registers, shared memory and spills; on sm_90 and gfx942, and wherever a stack is used, also
+the width of loads and stores, and instructions an element: the innermost loop body (the whole
+kernel if there is none) over the elements that a thread makes in it. With the bytes an element
+these bound the speed on an H100: it copies 3.0 TB/s and issues the instructions of 132 x 4 warps a
+cycle at 1.755 GHz, whichever is slower.
 
 Exits with 1 if a kernel spills registers or a row's forward needs more instructions an element on
 sm_90 than the row allows. Writes build/static_gpu.csv.
@@ -57,7 +58,7 @@ class Line:
     spills: int
     load_bits: str
     store_bits: str
-    instructions: int
+    instructions: int | None
     per_element: float | None = None
     ceiling: int | None = None
     bytes_per_element: float | None = None
@@ -86,20 +87,27 @@ def report_triton(op: Op, benchmark: Benchmark, seen: set[str]) -> Iterator[Line
                 continue
             seen.add(identity)
             for target in TARGETS:
-                kernel = static_triton.compile_launch(launch, target)
-                elements = static_triton.elements_a_trip(launch, kernel, target[2])
+                kernel = static_triton.compile_launch(launch, target, code=target[1] == 90)
                 line = Line(
                     op.name,
                     f"{direction}, {benchmark.case.name}",
                     dtype,
                     f"sm_{target[1]}" if target[0] == "cuda" else str(target[1]),
                     **usage(kernel),
-                    per_element=round(len(kernel.hot()) / elements, 1),
+                    per_element=per_element(launch, kernel, target),
                     bytes_per_element=round(static_triton.bytes_an_element(launch), 1),
                 )
                 if target[1] == 90:
                     line = bounded(line, ceiling if direction == "forward" else None)
                 yield line
+
+
+def per_element(launch: Any, kernel: static_asm.Kernel, target: Target) -> float | None:
+    """Instructions an element, where they were read."""
+    if not kernel.code:
+        return None
+    elements = static_triton.elements_a_trip(launch, kernel, target[2])
+    return round(len(kernel.hot()) / elements, 1)
 
 
 def report_family(names: list[str]) -> list[Line]:
@@ -135,7 +143,7 @@ def usage(kernel: static_asm.Kernel) -> dict[str, Any]:
         "spills": kernel.spills,
         "load_bits": widths(kernel, "load"),
         "store_bits": widths(kernel, "store"),
-        "instructions": len(kernel.hot()),
+        "instructions": len(kernel.hot()) if kernel.code else None,
     }
 
 
@@ -161,7 +169,7 @@ def report_cuda(source: Path, arch: str) -> list[Line]:
     cubin, status, _ = cuda_check.compile_one(nvcc, source, arch)
     if status:
         raise RuntimeError(f"{source.name} does not compile for sm_{arch}: see make cuda_check")
-    kernels = list(static_asm.read_cubin(cubin))
+    kernels = list(static_asm.read_cubin(cubin, code=arch == "90a"))
     names = cuda_check.readable([kernel.name for kernel in kernels])
     family = source.stem.removesuffix("_cuda")
     return [

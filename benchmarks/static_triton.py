@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import unittest.mock
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks import sides, static_asm
 from gmkernels import dispatch
@@ -44,6 +46,17 @@ def triton_on_cpu() -> Iterator[None]:
                 table[op]["triton"] = kernel
 
 
+@contextlib.contextmanager
+def zeros_for_noise() -> Iterator[None]:
+    """torch.randn gives zeros inside the block: drawing took a fifth of the report's time."""
+
+    def zeros(*size: Any, generator: torch.Generator | None = None, **options: Any) -> Tensor:
+        return torch.zeros(*size, **options)
+
+    with unittest.mock.patch.object(torch, "randn", zeros):
+        yield
+
+
 def calls(op: Op) -> list[Benchmark]:
     """The distinct calls of a row: its benchmarks, and one in each dtype that has a ceiling."""
     found = list(op.benchmarks)
@@ -58,9 +71,9 @@ def record(op: Op, benchmark: Benchmark) -> tuple[list[Any], list[Any]]:
     """The launches of one call: of its forward, and of its backward if it has one."""
     from gmkernels import triton_common
 
-    given = op.inputs(benchmark.case, benchmark.dtype, "cpu", sides.SEED)
-    given = sides.prepare(sides.with_seed(op, given), benchmark.backward)
-    with triton_on_cpu():
+    with triton_on_cpu(), zeros_for_noise():
+        given = op.inputs(benchmark.case, benchmark.dtype, "cpu", sides.SEED)
+        given = sides.prepare(sides.with_seed(op, given), benchmark.backward)
         with triton_common.recorded() as forward:
             outputs = op.function(*given.args, **given.kwargs, backend="triton")
         outputs = sides.as_tuple(outputs)
@@ -103,8 +116,8 @@ def identity(launch: Any) -> str:
     return repr((launch.kernel.fn, signature(launch), launch.num_warps))
 
 
-def compile_launch(launch: Any, target: Target) -> static_asm.Kernel:
-    """The machine code of a recorded launch. Not under TRITON_INTERPRET=1."""
+def compile_launch(launch: Any, target: Target, code: bool) -> static_asm.Kernel:
+    """A recorded launch, compiled; `code` as of read_cubin. Not under TRITON_INTERPRET=1."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -116,7 +129,7 @@ def compile_launch(launch: Any, target: Target) -> static_asm.Kernel:
     )
     if target[0] == "hip":
         return static_asm.parse_amdgcn(compiled.asm["amdgcn"])
-    return static_asm.read_cubin_bytes(compiled.asm["cubin"])[0]
+    return static_asm.read_cubin_bytes(compiled.asm["cubin"], code)[0]
 
 
 def elements_a_trip(launch: Any, kernel: static_asm.Kernel, lanes: int) -> float:

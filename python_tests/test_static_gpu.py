@@ -6,10 +6,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks import static_asm
+from benchmarks import cuda_check, static_asm, static_gpu
 
 ROOT = Path(__file__).resolve().parents[1]
 SASS = """
@@ -65,6 +66,29 @@ def test_sass_is_read() -> None:
     assert len(kernel.hot()) == 8  # neither the slow path, nor what is behind EXIT, nor NOP
 
 
+def test_code_is_read_where_a_stack_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a stack nothing can spill, and the instructions need not be read."""
+    usage, asked = USAGE, []
+
+    def cuobjdump(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        asked.append(command[1])
+        text = SASS if command[1] == "-sass" else usage
+        return subprocess.CompletedProcess(command, 0, text, "")
+
+    monkeypatch.setattr(static_asm, "tool", lambda name: name)
+    monkeypatch.setattr(static_asm.subprocess, "run", cuobjdump)
+    (kernel,) = static_asm.read_cubin(Path("tiny.cubin"), code=False)
+    assert kernel.spills == 1
+    usage = USAGE.replace("LOCAL:8", "LOCAL:0")
+    (kernel,) = static_asm.read_cubin(Path("tiny.cubin"), code=False)
+    assert (kernel.name, kernel.registers, kernel.shared) == ("tiny", 28, 1024)
+    assert (kernel.code, kernel.spills) == ((), 0)
+    assert len(static_asm.read_cubin(Path("tiny.cubin"), code=True)[0].code) == 14
+    usage = USAGE.replace("LOCAL:8", "LOCAL:0").replace("STACK:0", "STACK:8")
+    assert static_asm.read_cubin(Path("tiny.cubin"), code=False)[0].spills == 1
+    assert asked.count("-sass") == 3
+
+
 def test_amd_assembly_is_read() -> None:
     kernel = static_asm.parse_amdgcn(AMD)
     assert (kernel.name, kernel.registers, kernel.spills) == ("tiny", 17, 3)
@@ -98,9 +122,45 @@ def test_static_report(tmp_path: Path) -> None:
     assert hopper["bound_by"] == "memory"
 
 
-def test_static_report_fails_above_the_ceiling() -> None:
-    static_gpu = pytest.importorskip("benchmarks.static_gpu")
-    line = static_gpu.Line("op", "forward", "", "sm_90", "k", 32, 0, 0, "", "", 400, 50.0, 40)
-    assert line.fault == "more than 40 instructions an element"
-    assert not dataclasses.replace(line, ceiling=50).fault
-    assert "spills" in dataclasses.replace(line, ceiling=50, spills=2).fault
+def test_static_report_fails_on_a_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("triton")
+    line = static_gpu.Line("op", "forward", "", "sm_90", "k", 32, 0, 0, "", "", 400, 50.0, 50)
+
+    def status(**changes: Any) -> int:
+        lines = [line, dataclasses.replace(line, **changes)]
+        monkeypatch.setattr(static_gpu, "report_families", lambda rows, console: lines)
+        return static_gpu.main()
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(sys, "argv", ["static_gpu", "--op", "uniform"])
+    monkeypatch.setattr(static_gpu, "OUT", tmp_path / "report.csv")
+    assert status() == 0
+    assert status(ceiling=40) == 1
+    assert "more than 40 instructions an element" in capsys.readouterr().out
+    assert status(target="sm_80", spills=2) == 1
+    assert "spills registers" in capsys.readouterr().out
+    monkeypatch.setitem(cuda_check.SPILLS_ALLOWED, "k", "shown here")
+    assert status(spills=2) == 0
+
+
+PTXAS = """ptxas info    : Compiling entry function '_Z4tinyv' for 'sm_90a'
+    {stack} bytes stack frame, {stack} bytes spill stores, 4 bytes spill loads
+ptxas info    : Used 24 registers, used 0 barriers
+"""
+
+
+def test_cuda_check_fails_on_a_spill(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = PTXAS.format(stack=8)
+    monkeypatch.setattr(cuda_check, "compile_one", lambda *task: (Path("a.cubin"), 0, said))
+    kernels, complaints = cuda_check.check("nvcc")
+    (name,) = kernels
+    assert kernels[name] == dict.fromkeys(cuda_check.ARCHS, (24, 12))
+    assert complaints == [f"{name} spills, and SPILLS_ALLOWED does not say why"]
+    monkeypatch.setitem(cuda_check.SPILLS_ALLOWED, name, "shown here")
+    assert cuda_check.check("nvcc")[1] == []
+    monkeypatch.setattr(cuda_check, "compile_one", lambda *task: (Path("a.cubin"), 1, "no such"))
+    assert all("does not compile" in text for text in cuda_check.check("nvcc")[1])
+    assert cuda_check.check("nvcc")[1]
