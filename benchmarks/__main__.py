@@ -8,6 +8,7 @@ sides, and without, for the headline rows.
 Results (a CSV and a picture, named after the machine) go to build/bench, which git ignores, unless
 --out names another folder. `make bench` is --quick; the committed results are written by
     python -m benchmarks --out benchmarks/results
+and those of all sampling loops, in a file of their own, with --loops besides.
 """
 
 import argparse
@@ -38,6 +39,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--op", action="append", metavar="NAME", help="only this op and its loops; repeatable"
     )
+    found.add_argument(
+        "--loops", action="store_true", help="only the sampling loops of 50 steps, of every size"
+    )
     found.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     found.add_argument(
         "--quick", action="store_true", help="headline rows only, in less than five minutes"
@@ -64,7 +68,10 @@ def parser() -> argparse.ArgumentParser:
 def plans(options: argparse.Namespace) -> list[worker.Plan]:
     """One plan a regime: the first measures everything, the second stands beside headline rows."""
     ops = registry.rows() if options.op is None else [registry.row(name) for name in options.op]
-    chosen = [(op.name, b) for op in ops for b in op.benchmarks if b.headline or not options.quick]
+    timed = [] if options.loops else ops
+    chosen = [
+        (op.name, b) for op in timed for b in op.benchmarks if b.headline or not options.quick
+    ]
     every = [(name, b.name) for name, b in chosen]
     headline = [(name, b.name) for name, b in chosen if b.headline]
     if options.quick:  # the first of each family
@@ -73,7 +80,7 @@ def plans(options: argparse.Namespace) -> list[worker.Plan]:
     beside = [] if options.quick else [one for one in walked if one.headline]
     models = (
         []
-        if options.op
+        if options.op or options.loops
         else [step for step in model_steps.MODEL_STEPS if step.headline or not options.quick]
     )
     regimes = ["reuse", "default"] if options.regime == "both" else [options.regime]
@@ -190,6 +197,7 @@ def main() -> int:
     session.run(plans(options))
     stamp = probes.stamp(options.device)
     name = stamp["machine"] + (f"-{options.isa}" if options.isa else "")
+    name += "-loops" if options.loops else ""
     folder = options.out or Path("build/bench")
     csv, png = folder / f"{name}.csv", folder / f"{name}.png"
     record.write(csv, stamp, session.records)

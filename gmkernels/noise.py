@@ -164,7 +164,8 @@ def fold_in(key: Tensor, index: int | Tensor) -> Tensor:
             )
         if not 0 <= index < _HALF:
             raise ValueError(f"fold_in: index must lie in [0, 2^63), got {index}")
-        folded = torch.tensor(index, dtype=torch.int64, device=made.device)
+        # A fill: no number is copied to a GPU, which a CUDA graph would refuse.
+        folded = torch.full((), index, dtype=torch.int64, device=made.device)
     return torch.ops.gmkernels_reference._fold_in(made, folded)
 
 

@@ -88,7 +88,14 @@ def on_device(key: torch.Tensor, device: torch.device) -> torch.Tensor:
             "key must be a contiguous int64 tensor of two elements (seed, offset), "
             f"got {key.dtype} of shape {tuple(key.shape)}"
         )
-    return key if key.device == device else key.to(device, non_blocking=True)
+    return key if key.device == device else filled_key(*key.tolist(), device)
+
+
+def filled_key(seed: int, offset: int, device: torch.device) -> torch.Tensor:
+    """A key from numbers of the host, by fills: a copy might wait, and fits no CUDA graph."""
+    key = torch.full((2,), seed, dtype=torch.int64, device=device)
+    key[1].fill_(offset)
+    return key
 
 
 def row_stride(x: torch.Tensor | None) -> int:

@@ -239,6 +239,8 @@ def test_loops_stand_at_several_sizes() -> None:
     assert len(quick) == 1
     assert every == loops.LOOPS
     assert [one.sampler for one in euler] == ["euler"] * len(loops.SHAPES)
+    only = command.plans(command.parser().parse_args(["--device", "cpu", "--loops"]))[0]
+    assert only == dataclasses.replace(only, rows=(), loops=loops.LOOPS, models=())
 
 
 @pytest.mark.parametrize("one", SMALL_LOOPS, ids=lambda one: f"{one.sampler} {one.options}")
@@ -284,7 +286,16 @@ def test_a_wrong_loop_has_no_number(wrong: str, monkeypatch: pytest.MonkeyPatch)
 
 def test_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     text = command.parser().format_help()
-    for word in ("--op", "--device", "--quick", "--isa", "--regime", "--out", "benchmarks/results"):
+    for word in (
+        "--op",
+        "--loops",
+        "--device",
+        "--quick",
+        "--isa",
+        "--regime",
+        "--out",
+        "benchmarks/results",
+    ):
         assert word in text
     monkeypatch.setattr(sys, "argv", ["benchmarks", "--op", "normal", "--out", "x"])
     with pytest.raises(SystemExit):

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gmkernels.ops.attention import full_attention
+
 
 class _Net(nn.Module):
     """The call, its checks and the embeddings; shape is that of x's rows, None for any size."""
@@ -78,7 +80,7 @@ class _Net(nn.Module):
             e = e + (self.label.weight[0] if label is None else self.label(label + 1))
         c, mask = F.pad(c, (0, 0, 1, 0)), context_mask
         if mask is not None:
-            mask = F.pad(mask, (1, 0), value=True)[:, None, None]
+            mask = F.pad(mask, (1, 0), value=True)  # [B, 1 + T]
         x = torch.cat([x, x.new_zeros(beside) if concat is None else concat], 1)
         return self.predict(x, F.silu(e), c, mask)
 
@@ -126,7 +128,7 @@ class _Transformer(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+        return full_attention(q, k, v, key_mask=mask).transpose(1, 2).flatten(2)
 
 
 class _Residual(nn.Module):

@@ -158,6 +158,7 @@ def _diffusers_step(name: str) -> dict[str, Callable[..., Any]]:
     ) -> Tensor:
         theirs = scheduler()
         theirs._step_index = None  # it counts its own calls; here step i comes again and again
+        theirs.is_scale_input_called = True  # else Euler's warns in every call, which takes time
         if unconditional is not None:
             prediction = unconditional + guidance * (prediction - unconditional)
         extra = {"eta": float(sampler.noisy)} if name == "ddim" else {}
