@@ -55,6 +55,10 @@ def parser() -> argparse.ArgumentParser:
         "--quick", action="store_true", help="headline rows only, in less than five minutes"
     )
     found.add_argument(
+        "--brief", action="store_true", help="fewer samples a row, ours in torch.compile left out"
+    )
+    found.add_argument("--dtype", choices=("float32", "bfloat16"), help="only rows of this dtype")
+    found.add_argument(
         "--isa",
         choices=("portable", "v3", "v4", "v4_bf16"),
         help="run our CPU kernels of this instruction set (v3: AVX2, v4: AVX-512)",
@@ -68,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--out",
         type=Path,
-        help="folder for the CSV and the picture, which bear the names of --op and --model",
+        help="folder for the CSV and the picture, which bear the names of what is chosen",
     )
     return found
 
@@ -77,7 +81,12 @@ def plans(options: argparse.Namespace) -> list[worker.Plan]:
     """One plan a regime: the first measures everything, the second stands beside headline rows."""
     everything = not options.op and not options.model
     ops = registry.rows() if everything else [registry.row(name) for name in options.op or ()]
-    chosen = [(op.name, b) for op in ops for b in op.benchmarks if b.headline or not options.quick]
+    chosen = [
+        (op.name, b)
+        for op in ops
+        for b in op.benchmarks
+        if (b.headline or not options.quick) and options.dtype in (None, str(b.dtype)[6:])
+    ]
     every = [(name, b.name) for name, b in chosen]
     headline = [(name, b.name) for name, b in chosen if b.headline]
     if options.quick:  # the first of each family
@@ -103,7 +112,7 @@ def plans(options: argparse.Namespace) -> list[worker.Plan]:
             regime=regime,
             isa=options.isa,
             beside=n > 0,
-            quick=options.quick,
+            quick=options.quick or options.brief,
             deadline=deadline,
             sides=tuple(options.side) if options.side else None,
         )
@@ -214,8 +223,8 @@ def main() -> int:
     session = Session(console)
     session.run(plans(options))
     stamp = probes.stamp(options.device)
-    parts = [*([options.isa] if options.isa else []), *(options.op or ()), *(options.model or ())]
-    name = "-".join([stamp["machine"], *parts]).replace(" ", "-")
+    parts = (options.isa, *(options.op or ()), *(options.model or ()), options.dtype)
+    name = "-".join([stamp["machine"], *filter(None, parts)]).replace(" ", "-")
     folder = options.out or Path("build/bench")
     csv, png = folder / f"{name}.csv", folder / f"{name}.png"
     record.write(csv, stamp, session.records)
