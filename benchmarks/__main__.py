@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import loops, model_steps, probes, record, report, worker
+from benchmarks import loops, model_steps, probes, record, report, sides, worker
 from gmkernels import dispatch, registry
 
 QUICK_SECONDS = 250  # no row is begun after these in --quick: it ends within five minutes
@@ -42,10 +42,26 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--loops", action="store_true", help="only the sampling loops of 50 steps, of every size"
     )
+    found.add_argument(
+        "--model",
+        action="append",
+        choices=sorted({step.name for step in model_steps.MODEL_STEPS}),
+        help="only this model's steps and samples, beside what --op names; repeatable",
+    )
+    found.add_argument(
+        "--side",
+        action="append",
+        metavar="NAME",
+        help='only this side beside ours ("eager", "torch.compile", a library); repeatable',
+    )
     found.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     found.add_argument(
         "--quick", action="store_true", help="headline rows only, in less than five minutes"
     )
+    found.add_argument(
+        "--brief", action="store_true", help="fewer samples a row, ours in torch.compile left out"
+    )
+    found.add_argument("--dtype", choices=("float32", "bfloat16"), help="only rows of this dtype")
     found.add_argument(
         "--isa",
         choices=("portable", "v3", "v4", "v4_bf16"),
@@ -60,17 +76,21 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--out",
         type=Path,
-        help="folder for the CSV and the picture; not with --op: files are whole",
+        help="folder for the CSV and the picture, which bear the names of what is chosen",
     )
     return found
 
 
 def plans(options: argparse.Namespace) -> list[worker.Plan]:
     """One plan a regime: the first measures everything, the second stands beside headline rows."""
-    ops = registry.rows() if options.op is None else [registry.row(name) for name in options.op]
+    everything = not options.op and not options.model
+    ops = registry.rows() if everything else [registry.row(name) for name in options.op or ()]
     timed = [] if options.loops else ops
     chosen = [
-        (op.name, b) for op in timed for b in op.benchmarks if b.headline or not options.quick
+        (op.name, b)
+        for op in timed
+        for b in op.benchmarks
+        if (b.headline or not options.quick) and options.dtype in (None, str(b.dtype)[6:])
     ]
     every = [(name, b.name) for name, b in chosen]
     headline = [(name, b.name) for name, b in chosen if b.headline]
@@ -78,11 +98,12 @@ def plans(options: argparse.Namespace) -> list[worker.Plan]:
         headline = list({registry.row(row[0]).family: row for row in reversed(headline)}.values())
     walked = [one for one in loops.LOOPS if one.op in ops and (one.headline or not options.quick)]
     beside = [] if options.quick else [one for one in walked if one.headline]
-    models = (
-        []
-        if options.op or options.loops
-        else [step for step in model_steps.MODEL_STEPS if step.headline or not options.quick]
-    )
+    models = [
+        step
+        for step in model_steps.MODEL_STEPS
+        if ((everything and not options.loops) or step.name in (options.model or ()))
+        and (step.headline or not options.quick)
+    ]
     regimes = ["reuse", "default"] if options.regime == "both" else [options.regime]
     if options.device == "cuda":
         regimes = ["default"]
@@ -96,11 +117,22 @@ def plans(options: argparse.Namespace) -> list[worker.Plan]:
             regime=regime,
             isa=options.isa,
             beside=n > 0,
-            quick=options.quick,
+            quick=options.quick or options.brief,
             deadline=deadline,
+            sides=tuple(options.side) if options.side else None,
         )
         for n, regime in enumerate(regimes)
     ]
+
+
+def side_names() -> set[str]:
+    """Every side that a row or a model's step may have."""
+    names = {sides.EAGER, sides.COMPILED, sides.OURS, sides.OURS_COMPILED, model_steps.REFERENCE}
+    names.update(peer for op in registry.rows() for peer in op.peers)
+    for step in model_steps.MODEL_STEPS:
+        names.update(step.peers, step.libraries)
+        names.update(name + model_steps.BESIDE_COMPILED for name in step.libraries)
+    return names
 
 
 class Session:
@@ -176,8 +208,6 @@ def main() -> int:
     """Runs the benchmarks that the command line asks for; 1 if a row is wrong or a process died."""
     command = parser()
     options = command.parse_args()
-    if options.op and options.out:
-        command.error("--out writes whole results files; with --op, build/bench is written")
     if options.device is None:
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -188,6 +218,8 @@ def main() -> int:
         command.error(f"--isa {options.isa}: this CPU or build has no such kernels")
     if options.op and set(options.op) - {op.name for op in registry.rows()}:
         command.error(f"--op must be among {', '.join(op.name for op in registry.rows())}")
+    if options.side and set(options.side) - side_names():
+        command.error(f"--side must be among {', '.join(sorted(side_names()))}")
     console = Console(width=None if sys.stdout.isatty() else 170)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if options.device == "cpu" and load > 0.5:
@@ -196,8 +228,9 @@ def main() -> int:
     session = Session(console)
     session.run(plans(options))
     stamp = probes.stamp(options.device)
-    name = stamp["machine"] + (f"-{options.isa}" if options.isa else "")
-    name += "-loops" if options.loops else ""
+    chosen = [options.isa, *(options.op or ()), *(options.model or ()), options.dtype]
+    chosen.append("loops" if options.loops else None)
+    name = "-".join([stamp["machine"], *filter(None, chosen)]).replace(" ", "-")
     folder = options.out or Path("build/bench")
     csv, png = folder / f"{name}.csv", folder / f"{name}.png"
     record.write(csv, stamp, session.records)

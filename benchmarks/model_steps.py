@@ -22,6 +22,7 @@ from gmkernels.models import autoregressive, gpt2, image_diffusion, vae
 from gmkernels.models.gpt import GPT, Sizes
 
 REFERENCE = "reference backend"
+BESIDE_COMPILED = ", compiled"  # ends the names of sides that are a side compiled
 _KEYWORDS_OF_OURS = ("seed", "offset", "generator", "backend")
 
 
@@ -31,8 +32,8 @@ class ModelStep:
 
     samples: what sample() is given, where that is timed; it is not compiled, its loop being 50
     networks long. headline: whether `make bench` has it, one a paradigm. libraries: sides in plain
-    PyTorch but for ops with a peer of that name, which it is. peers: other libraries that draw the
-    same; a function of our model gives their call.
+    PyTorch but for ops with a peer of that name, which it is, eager and compiled. peers: other
+    libraries that draw the same; a function of our model gives their call.
     """
 
     name: str
@@ -58,12 +59,23 @@ def _digits_diffusion() -> torch.nn.Module:
     return image_diffusion.image_diffusion(64, 17, classes=0)
 
 
-def _gpt() -> torch.nn.Module:
-    return GPT(Sizes(65, 64, layers=4, heads=4, width=128, bias=False))
+def _gpt(context: int) -> torch.nn.Module:
+    return GPT(Sizes(65, context, layers=4, heads=4, width=128, bias=False))
 
 
-def _characters() -> Tensor:
-    return torch.randint(65, (12, 65), generator=torch.Generator().manual_seed(SEED))
+def _characters(n: int, context: int) -> Tensor:
+    return torch.randint(65, (n, context + 1), generator=torch.Generator().manual_seed(SEED))
+
+
+def _learning(n: int, context: int, headline: bool = False) -> "ModelStep":
+    return ModelStep(
+        "GPT",
+        f"4 layers of 128, {n} x {context} tokens",
+        functools.partial(_gpt, context),
+        functools.partial(_characters, n, context),
+        headline=headline,
+        libraries=("SDPA",),
+    )
 
 
 def _writer() -> torch.nn.Module:
@@ -106,7 +118,7 @@ def _writing(n: int) -> ModelStep:
         "GPT",
         f"4 layers of 256, {n} x {_TOKENS} tokens after {len(_PROMPT)}",
         _writer,
-        _characters,
+        functools.partial(_characters, 12, 64),
         {"n": n, "prompt": _PROMPT, "tokens": _TOKENS, "temperature": 0},
         peers={"transformers": _transformers(n)} if find_spec("transformers") else {},
     )
@@ -123,14 +135,9 @@ MODEL_STEPS = (
         _digits,
         {"n": 64, "steps": 50},
     ),
-    ModelStep(
-        "GPT",
-        "4 layers of 128, 12 x 64 tokens",
-        _gpt,
-        _characters,
-        headline=True,
-        libraries=("SDPA",),
-    ),
+    _learning(12, 64, headline=True),
+    _learning(4, 256),
+    _learning(1, 1024),
     _writing(1),
     _writing(16),
 )
@@ -211,7 +218,8 @@ def sides_of(step: ModelStep, device: str) -> dict[str, Callable[[], Side]]:
         del made[COMPILED], made[OURS_COMPILED]
     for name in step.libraries:
         instead = PlainPyTorch(name)
-        made[name] = functools.partial(build, step, device, name, lambda it=instead: it)
+        for side in (name, name + BESIDE_COMPILED):
+            made[side] = functools.partial(build, step, device, side, lambda it=instead: it)
     for name in step.peers:
         made[name] = functools.partial(build, step, device, name, contextlib.nullcontext)
     return made
@@ -235,7 +243,7 @@ def build(
         return side
     x = step.batch().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    if name in (COMPILED, OURS_COMPILED):
+    if name == COMPILED or name.endswith(BESIDE_COMPILED):
         model.loss = compiled(model.loss)
     side = Side(name, lambda: train.training_step(model, optimizer, x, seed=SEED), scope)
     side()

@@ -90,13 +90,17 @@ def with_seed(op: Op, given: Inputs) -> Inputs:
 
 
 class Sides(dict[str, Callable[..., Any]]):
-    """What each side of a row calls, by name; torch.compile starts when its side is asked for."""
+    """What each side of a row calls, by name; torch.compile starts when its side is asked for.
 
-    def __init__(self, op: Op, quick: bool = False) -> None:
+    quick: without ours inside torch.compile. only: the sides beside ours; None is all.
+    """
+
+    def __init__(self, op: Op, quick: bool = False, only: tuple[str, ...] | None = None) -> None:
         super().__init__({EAGER: op.eager, OURS: op.function, **op.peers})
         self.sources = {COMPILED: op.eager, OURS_COMPILED: op.function}
         names = (EAGER, COMPILED, OURS, OURS_COMPILED, *op.peers)
-        self.names = tuple(n for n in names if not (quick and n == OURS_COMPILED))
+        wanted = names if only is None else (OURS, *only)
+        self.names = tuple(n for n in names if n in wanted and not (quick and n == OURS_COMPILED))
 
     def __missing__(self, name: str) -> Callable[..., Any]:
         self[name] = compiled(self.sources[name])

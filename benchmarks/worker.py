@@ -12,7 +12,7 @@ import torch
 import gmkernels
 from benchmarks import loops, model_steps, probes, timing
 from benchmarks.loops import Loop
-from benchmarks.model_steps import ModelStep
+from benchmarks.model_steps import BESIDE_COMPILED, ModelStep
 from benchmarks.record import Record
 from benchmarks.sides import COMPILED, EAGER, OURS, OURS_COMPILED, Side, Sides, build, fault, small
 from gmkernels import dispatch, registry
@@ -30,6 +30,7 @@ class Plan:
         beside: True for the second regime, which times eager and ours alone.
         quick: fewer samples, memory of eager and ours alone, ours in torch.compile left out.
         deadline: time.time() after which no further row is begun.
+        sides: the only ones that are measured beside ours; None is all.
     """
 
     rows: tuple[tuple[str, str], ...]
@@ -41,6 +42,11 @@ class Plan:
     beside: bool
     quick: bool
     deadline: float
+    sides: tuple[str, ...] | None = None
+
+    def has(self, side: str) -> bool:
+        """Whether a side is measured."""
+        return self.sides is None or side == OURS or side in self.sides
 
     @property
     def rounds(self) -> int:
@@ -92,7 +98,7 @@ def measure(plan: Plan, title: str, records: Iterator[Record], send: Send) -> No
 
 def row(plan: Plan, op: Op, benchmark: Benchmark) -> Iterator[Record]:
     """The records of one row."""
-    sides = Sides(op, plan.quick)
+    sides = Sides(op, plan.quick, plan.sides)
     blank = functools.partial(
         Record,
         isa=_isa(plan),
@@ -105,12 +111,14 @@ def row(plan: Plan, op: Op, benchmark: Benchmark) -> Iterator[Record]:
     if not plan.beside and (wrong := guarded(lambda: fault(op, benchmark, plan.device, sides))):
         yield blank(side=OURS, correct=f"WRONG: {wrong}")
         return
-    names = (EAGER, OURS) if plan.beside else sides.names
+    names = tuple(n for n in (EAGER, OURS) if plan.has(n)) if plan.beside else sides.names
     make = {n: functools.partial(build, op, benchmark, plan.device, n, sides) for n in names}
     backward = benchmark.backward
     traffic = op.bytes(benchmark.case, benchmark.dtype, backward)
-    flops = 0 if backward else op.flops(benchmark.case)
-    if flops < _MUCH_ARITHMETIC * traffic:
+    flops = op.flops(benchmark.case)
+    if op.gradient_flops is not None:
+        flops += op.gradient_flops(benchmark.case) if backward else 0
+    elif backward or flops < _MUCH_ARITHMETIC * traffic:
         flops = 0
     for record in compare(plan, make, blank, traffic, flops, benchmark.dtype, op.reads):
         if record.p50_ms is None or plan.beside:
@@ -145,7 +153,7 @@ def loop(plan: Plan, one: Loop) -> Iterator[Record]:
     )
     make: dict[str, Callable[[], Side]] = {}
     true = torch.empty(0) if plan.beside else loops.truth(one, plan.device)
-    for name in (EAGER, OURS) if plan.beside else loops.names(one, plan.quick):
+    for name in filter(plan.has, (EAGER, OURS) if plan.beside else loops.names(one, plan.quick)):
         side = functools.cache(functools.partial(loops.build, one, plan.device, name))
         check = functools.partial(loops.fault, one, true, side)
         if not plan.beside and (wrong := guarded(check)):
@@ -189,7 +197,8 @@ def model(plan: Plan, step: ModelStep) -> Iterator[Record]:
     if plan.beside:
         make = {name: make[name] for name in (EAGER, OURS)}
     elif plan.quick:
-        make.pop(OURS_COMPILED, None)
+        make = {name: side for name, side in make.items() if not name.endswith(BESIDE_COMPILED)}
+    make = {name: side for name, side in make.items() if plan.has(name)}
     yield from compare(plan, make, blank, 0, 0, torch.float32)
 
 

@@ -5,6 +5,7 @@ import torch as _torch  # noqa: F401 - first: the extension needs torch's librar
 from gmkernels import noise
 from gmkernels.dispatch import explain, reuse_memory, use_backend, use_isa
 from gmkernels.noise import normal, uniform
+from gmkernels.ops.activation import gelu
 from gmkernels.ops.attention import attention_logsumexp, causal_attention, full_attention
 from gmkernels.ops.contrastive import info_nce, nt_xent
 from gmkernels.ops.coupling import affine_coupling, affine_coupling_inverse
@@ -76,6 +77,7 @@ __all__ = [
     "gaussian_kl",
     "gaussian_kl_per_dim",
     "gaussian_nll",
+    "gelu",
     "heun_step",
     "info_nce",
     "leaky",

@@ -103,6 +103,8 @@ class Op:
         bytes: minimal traffic of one call, (case, dtype, backward) -> bytes; every input and output
             once.
         flops: arithmetic of one forward, (case) -> operations, for the share of the matmul rate.
+        gradient_flops: of one backward, given where both are matrix products: then the share is
+            told in every row, else in forwards with much arithmetic a byte.
         floor: what the error may exceed twice eager's by, in ulp of the output's scale, and why.
         draws: how many inputs eager's error is the worst of, and why more than one: where single
             errors are magnified by chance, the largest of a small case says little.
@@ -130,6 +132,7 @@ class Op:
     source: str
     floor: tuple[float, str] = (2.0, "one rounding of the result and one of an intermediate")
     draws: tuple[int, str] = (1, "errors are alike for all inputs of a case")
+    gradient_flops: Callable[[Case], int] | None = None
     differentiable: bool = True
     mixes_rows: str = ""
     noisy: bool = False

@@ -144,6 +144,21 @@ def test_a_right_row_is_timed(measured: list[Record]) -> None:
     assert sides.OURS_COMPILED in names
     quick = sides.Sides(row_of(torch.square), quick=True).names
     assert quick == tuple(n for n in names if n != sides.OURS_COMPILED)
+    only = sides.Sides(row_of(torch.square), only=(sides.EAGER,)).names
+    assert only == (sides.EAGER, sides.OURS)
+
+
+def test_gradients_of_products_have_a_share() -> None:
+    op = dataclasses.replace(row_of(torch.square), gradient_flops=lambda case: 3 * 10**6)
+    forward, both = (
+        list(worker.row(plan(), op, dataclasses.replace(op.benchmarks[0], backward=b)))[1]
+        for b in (False, True)
+    )
+    assert both.gflop_per_s * both.p50_ms == pytest.approx(4 * forward.gflop_per_s * forward.p50_ms)
+    assert both.share_of_matmul > 0
+    without = row_of(torch.square)
+    alone = dataclasses.replace(without.benchmarks[0], backward=True)
+    assert list(worker.row(plan(), without, alone))[1].share_of_matmul is None
 
 
 def test_csv(measured: list[Record], tmp_path: Path) -> None:
@@ -288,19 +303,21 @@ def test_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     text = command.parser().format_help()
     for word in (
         "--op",
+        "--model",
+        "--side",
         "--loops",
         "--device",
         "--quick",
         "--isa",
         "--regime",
         "--out",
-        "benchmarks/results",
     ):
         assert word in text
-    monkeypatch.setattr(sys, "argv", ["benchmarks", "--op", "normal", "--out", "x"])
+    assert "benchmarks/results" in text
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--op", "normal", "--side", "their"])
     with pytest.raises(SystemExit):
         command.main()
-    assert "build/bench" in capsys.readouterr().err
+    assert "SDPA, compiled" in capsys.readouterr().err
     options = command.parser().parse_args(["--quick", "--device", "cpu"])
     first, second = command.plans(options)
     assert (first.regime, second.regime) == ("reuse", "default")
@@ -310,6 +327,11 @@ def test_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert len(set(families)) == len(families)
     assert set(second.rows) <= set(first.rows)
     assert first.models
+    said = ["--device", "cpu", "--model", "GPT", "--side", "SDPA"]
+    gpt = command.plans(command.parser().parse_args(said))[0]
+    assert (gpt.rows, gpt.loops) == ((), ())
+    assert {step.name for step in gpt.models} == {"GPT"}
+    assert [gpt.has(name) for name in ("SDPA", sides.OURS, sides.EAGER)] == [True, True, False]
     every = command.plans(command.parser().parse_args(["--device", "cpu"]))
     assert all(len(every[0].rows) > len(p.rows) for p in (first, every[1]))
     assert every[0].models == model_steps.MODEL_STEPS == every[1].models

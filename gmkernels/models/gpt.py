@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from gmkernels import noise
 from gmkernels.models import generation
+from gmkernels.ops.activation import gelu
 from gmkernels.ops.attention import causal_attention
 from gmkernels.ops.rotary import rms_norm, rotary_embedding, rotary_table
 
@@ -105,8 +106,7 @@ class _Layer(nn.Module):
         q, k, v = qkv.transpose(1, 2).split(self.heads, 1)
         o = attend(turn(self.q_norm(q)), turn(self.k_norm(k)), v)
         x = x + self.dropout(self.out(o.transpose(1, 2).flatten(2)))
-        h = F.gelu(self.up(self.norm2(x)), approximate="tanh")
-        return x + self.dropout(self.down(h))
+        return x + self.dropout(self.down(gelu(self.up(self.norm2(x)))))
 
 
 class GPT(nn.Module):

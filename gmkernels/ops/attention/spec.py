@@ -231,7 +231,10 @@ def _case(b: int, h: int, t: int, d: int, **options: Any) -> Case:
 
 
 _SIZES = (
+    _case(12, 4, 64, 32),  # of the character model
+    _case(16, 8, 128, 32),
     _case(16, 8, 128, 64),
+    _case(16, 8, 128, 128),
     _case(8, 8, 512, 64),
     _case(2, 8, 2048, 64),
     _case(1, 4, 4096, 64),
@@ -260,9 +263,11 @@ OPS = (
             *(Benchmark(f"forward {case.name}", case) for case in _SIZES),
             *(Benchmark(f"forward bf16 {case.name}", case, dtype=_BF16) for case in _SIZES),
             *(Benchmark(f"forward+backward {c.name}", c, backward=True) for c in _SIZES),
+            *(Benchmark(f"forward+backward bf16 {c.name}", c, _BF16, True) for c in _SIZES),
         ),
         bytes=_bytes(True),
         flops=_flops(True, 2),
+        gradient_flops=_flops(True, 5),
         source="Vaswani et al. 2017, eq. 1; Dao et al. 2022",
         floor=(4.0, "scores, the sum, the quotient and the output round once each"),
         operator="attention",
@@ -284,6 +289,7 @@ OPS = (
         ),
         bytes=_bytes(True),
         flops=_flops(False, 2),
+        gradient_flops=_flops(False, 5),
         source="Vaswani et al. 2017, eq. 1; Dao et al. 2022",
         floor=(4.0, "scores, the sum, the quotient and the output round once each"),
         operator="attention",
@@ -307,6 +313,7 @@ OPS = (
         benchmarks=(Benchmark("forward", _GPT), Benchmark("forward+backward", _GPT, backward=True)),
         bytes=_bytes(False),
         flops=_flops(True, 1),
+        gradient_flops=_flops(True, 3),
         source="Dao et al. 2022, algorithm 1",
         floor=(4.0, "scores, the maximum, the logarithm and their sum round once each"),
         operator="attention",
