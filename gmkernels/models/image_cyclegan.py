@@ -106,9 +106,10 @@ def cyclegan(
     if width < 1:
         raise ValueError(f"cyclegan: width must be >= 1, got {width}")
     shape = square_shape("cyclegan", pixels)
-    generators = [Rearrangement(shape) if moves else Translator(width) for _ in range(2)]
+    forward, backward = (Rearrangement(shape) if moves else Translator(width) for _ in range(2))
     model = ImageCycleGAN(
-        *generators,
+        forward,
+        backward,
         DCGANCritic(shape, width),
         DCGANCritic(shape, width),
         shape,
