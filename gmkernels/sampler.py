@@ -45,8 +45,9 @@ class Sampler(nn.Module):
             where a spacing falls between times.
         alpha, sigma: [S + 1] float32, the levels of the path.
     Raises:
-        ValueError: no steps, more steps than times, an unknown name, or a prediction type that says
-            nothing of x0 at a level of the path (epsilon where alpha = 0).
+        ValueError: no steps, more steps than times, an unknown name, an eta outside [0, 1], or a
+            prediction type that says nothing of x0 at a level of the path (epsilon where alpha =
+            0).
 
     >>> import gmkernels
     >>> sampler = gmkernels.Sampler.ddim(gmkernels.Schedule.linear(), 4)
@@ -141,7 +142,8 @@ class Sampler(nn.Module):
         x, x0)), "fixed_large" (that of q(x | x')), or "learned_range" between both.
         """
         one_of("ddpm", "variance", variance, VARIANCES)
-        path = Path("ddpm", schedule, steps or len(schedule), spacing, prediction_type, sigma_data)
+        steps = len(schedule) if steps is None else steps
+        path = Path("ddpm", schedule, steps, spacing, prediction_type, sigma_data)
 
         def row(i: int, here: Level, there: Level) -> Row:
             (a, s), (a1, s1) = here, there
@@ -176,6 +178,7 @@ class Sampler(nn.Module):
         (diffusers' use_clipped_model_output), else from the prediction. last: the level that the
         path ends at, (1, 0) unless given.
         """
+        _check_eta("ddim", eta)
         path = Path("ddim", schedule, steps, spacing, prediction_type, sigma_data, last)
 
         def row(i: int, here: Level, there: Level) -> Row:
@@ -235,7 +238,8 @@ class Sampler(nn.Module):
         spacing: str = "linspace",
         sigma_data: float = 0.5,
     ) -> "Sampler":
-        """Euler's method to a lower level, and noise up to the next; eta scales the noise."""
+        """Euler's method to a lower level, and noise up to the next; eta in [0, 1] scales it."""
+        _check_eta("euler_ancestral", eta)
         path = Path("euler_ancestral", schedule, steps, spacing, prediction_type, sigma_data)
 
         def row(i: int, here: Level, there: Level) -> Row:
@@ -302,6 +306,11 @@ class Sampler(nn.Module):
             return row
 
         return cls._of(path, row)
+
+
+def _check_eta(name: str, eta: float) -> None:
+    if not 0 <= eta <= 1:
+        raise ValueError(f"Sampler.{name}: eta must lie in [0, 1], got {eta}")
 
 
 def _euler_row(i: int, here: Level, there: Level) -> Row:

@@ -106,6 +106,7 @@ class Schedule(nn.Module):
         cls, steps: int = 1000, start: float = 0.00085, end: float = 0.012
     ) -> "Schedule":
         """sqrt(beta) in equal steps (Rombach et al. 2022, latent diffusion)."""
+        _expect(0 < start <= end, "0 < start <= end", start, end)
         roots = torch.linspace(math.sqrt(start), math.sqrt(end), _count(steps), dtype=torch.float64)
         return cls.from_betas(roots.square())
 
@@ -123,6 +124,7 @@ class Schedule(nn.Module):
         cls, steps: int = 1000, start: float = -3.0, end: float = 3.0, tau: float = 1.0
     ) -> "Schedule":
         """alpha_bar(t) a falling sigmoid from 1 to 0 (Jabri et al. 2022, arXiv:2212.11972)."""
+        _expect(start < end and tau > 0, "start < end and tau > 0", start, end, tau)
 
         def curve(t: float) -> float:
             return 1 / (1 + math.exp(-(t * (end - start) + start) / tau))
@@ -141,6 +143,8 @@ class Schedule(nn.Module):
         rho: float = 7.0,
     ) -> "Schedule":
         """sigma^(1/rho) in equal steps, alpha = 1 (Karras et al. 2022, eq. 5)."""
+        ascending = 0 <= sigma_min < sigma_max and rho > 0
+        _expect(ascending, "0 <= sigma_min < sigma_max and rho > 0", sigma_min, sigma_max, rho)
         low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
         sigma = torch.linspace(low, high, _count(steps), dtype=torch.float64) ** rho
         return cls(torch.ones_like(sigma), sigma, "variance_exploding")
@@ -148,6 +152,7 @@ class Schedule(nn.Module):
     @classmethod
     def flow_matching(cls, steps: int = 1000, shift: float = 1.0) -> "Schedule":
         """sigma = u shift / (1 + (shift - 1) u), u = 1/T, ..., 1 (Esser et al. 2024, eq. 23)."""
+        _expect(shift > 0, "shift > 0", shift)
         u = torch.arange(1, _count(steps) + 1, dtype=torch.float64) / steps
         sigma = shift * u / (1 + (shift - 1) * u)
         return cls(1 - sigma, sigma, "flow")
@@ -291,6 +296,11 @@ class Schedule(nn.Module):
         self.levels64 = self.levels64.to(device)
         self._weighted = {}
         return self
+
+
+def _expect(holds: bool, what: str, *got: float) -> None:
+    if not holds:
+        raise ValueError(f"Schedule: must have {what}, got {', '.join(map(str, got))}")
 
 
 def _count(steps: int) -> int:

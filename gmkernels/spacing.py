@@ -11,8 +11,16 @@ from gmkernels.ops.diffusion_noise.reference import PREDICTION_TYPES
 from gmkernels.schedule import Schedule
 
 SPACINGS = ("leading", "trailing", "linspace", "karras")
+ROUNDED = ("ddpm", "ddim", "dpmpp_2m")  # round the times of linspace, as in diffusers
 Level = tuple[float, float]
 Row = dict[str, float]
+
+
+def most_steps(name: str, spacing: str, count: int) -> float:
+    """How many steps have times of their own; dpmpp_2m leaves out the last of one more."""
+    if spacing == "karras" or (spacing == "linspace" and name not in ROUNDED):
+        return math.inf  # between the schedule's times
+    return max(1, count - 1) if spacing == "linspace" and name == "dpmpp_2m" else count
 
 
 def one_of(name: str, what: str, value: Any, names: tuple[str, ...]) -> None:
@@ -39,13 +47,17 @@ class Path:
             )
         one_of(name, "spacing", spacing, SPACINGS)
         one_of(name, "prediction_type", prediction_type, (*PREDICTION_TYPES, "edm"))
-        most = len(schedule) if spacing in ("leading", "trailing") else None
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"Sampler.{name}: steps must be an int >= 1, got {steps!r}")
-        if most is not None and steps > most:
+        most = most_steps(name, spacing, len(schedule))
+        if steps > most:
             raise ValueError(
                 f"Sampler.{name}: steps must be at most {most}, the times of the schedule, "
                 f"got {steps}"
+            )
+        if last is not None and not (last[0] > 0 and last[1] >= 0):
+            raise ValueError(
+                f"Sampler.{name}: last must be a level (alpha, sigma) with alpha > 0, got {last}"
             )
         self.name, self.steps = name, steps
         self.prediction_type, self.sigma_data = prediction_type, sigma_data
@@ -98,7 +110,7 @@ def spaced(
     elif spacing == "linspace":
         points = steps + (name == "dpmpp_2m")
         times = torch.linspace(0, count - 1, points, dtype=torch.float64).flip(0)[:steps]
-        if name in ("ddpm", "ddim", "dpmpp_2m"):
+        if name in ROUNDED:
             times = times.round()
     ratio = table[:, 1] / table[:, 0]
     if spacing == "karras":

@@ -176,8 +176,21 @@ def test_refusals():
     for steps in (0, -1, 2.0, True):
         with pytest.raises(ValueError, match="steps must be an int >= 1"):
             Sampler.ddim(schedule, steps)
+        with pytest.raises(ValueError, match="steps must be an int >= 1"):
+            Sampler.ddpm(schedule, steps)
     with pytest.raises(ValueError, match="steps must be at most 1000"):
         Sampler.ddim(schedule, 1001)
+    for name, most in (("ddim", 10), ("ddpm", 10), ("dpmpp_2m", 9)):
+        make = functools.partial(getattr(Sampler, name), Schedule.linear(10), spacing="linspace")
+        with pytest.raises(ValueError, match=f"steps must be at most {most}, .* got {most + 1}"):
+            make(most + 1)
+        assert make(most).table.isfinite().all()
+    for eta in (-0.1, 1.1, float("nan")):
+        for make in (Sampler.ddim, Sampler.euler_ancestral):
+            with pytest.raises(ValueError, match=r"eta must lie in \[0, 1\]"):
+                make(schedule, 5, eta=eta)
+    with pytest.raises(ValueError, match=r"alpha > 0, got \(0.0, 1.0\)"):
+        Sampler.ddim(schedule, 5, last=(0.0, 1.0))
     with pytest.raises(ValueError, match="needs a flow schedule, got variance_preserving"):
         Sampler.flow_euler(schedule, 5)
     with pytest.raises(ValueError, match="prediction_type must be one of epsilon"):
@@ -194,6 +207,11 @@ def test_refusals():
         ddim(x, x, 1.0, sampler)
     with pytest.raises(ValueError, match="guidance 2.0 needs the prediction `unconditional`"):
         ddim(x, x, 0, sampler, guidance=2.0)
+    with pytest.raises(TypeError, match="guidance must be a number, got a tensor"):
+        ddim(x, x, 0, sampler, unconditional=x, guidance=torch.tensor(2.0))
+    for wrong in (0.9, (0.9,), (0.9, 1.0, 2.0)):
+        with pytest.raises(ValueError, match=r"must be \(ratio, maximum\)"):
+            ddim(x, x, 0, sampler, dynamic_threshold=wrong)
     with pytest.raises(ValueError, match="give clip or dynamic_threshold, not both"):
         ddim(x, x, 0, sampler, clip=1.0, dynamic_threshold=(0.9, 1.0))
     with pytest.raises(ValueError, match="0 < ratio <= 1 and 1 <= maximum"):

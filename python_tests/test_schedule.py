@@ -226,6 +226,11 @@ def test_a_table_is_made_once():
         (lambda: Schedule(torch.ones(1), torch.tensor([float("nan")])), "finite and >= 0"),
         (lambda: Schedule(torch.ones(1), torch.ones(1), "other"), "kind must be one of"),
         (lambda: Schedule.from_betas(torch.tensor([0.1, 1.5])), r"betas must be \[T\] in \(0, 1\]"),
+        (lambda: Schedule.scaled_linear(9, -1.0, 0.1), "0 < start <= end, got -1.0, 0.1"),
+        (lambda: Schedule.sigmoid(9, tau=0.0), "start < end and tau > 0"),
+        (lambda: Schedule.karras(9, 80.0, 0.002), "0 <= sigma_min < sigma_max and rho > 0, got 80"),
+        (lambda: Schedule.karras(9, -1.0), "0 <= sigma_min < sigma_max and rho > 0, got -1.0"),
+        (lambda: Schedule.flow_matching(9, shift=0.0), "shift > 0, got 0.0"),
         (lambda: Schedule.karras().zero_terminal_snr(), "needs a variance_preserving schedule"),
     ],
 )
@@ -271,6 +276,9 @@ def test_bad_arguments():
         loss(x, x, t, schedule)
     with pytest.raises(ValueError, match="weighting must be one of uniform, snr"):
         loss(x, x, t, schedule, seed=0, weighting="other")
+    for wrong in ({"gamma": -1.0}, {"sigma_data": 0.0}):
+        with pytest.raises(ValueError, match="gamma and sigma_data must be > 0"):
+            loss(x, x, t, schedule, seed=0, weighting="edm", **wrong)
     with pytest.raises(ValueError, match=r"weighting must have shape \(2,\)"):
         loss(x, x, t, schedule, seed=0, weighting=torch.ones(3))
     with pytest.raises(ValueError, match="x0 must have prediction's shape"):

@@ -263,6 +263,10 @@ def denoising_loss(
         raise ValueError(
             f"{op}: weighting must be one of {', '.join(WEIGHTINGS)} or a tensor [B], got {named!r}"
         )
+    if not (gamma > 0 and sigma_data > 0):
+        raise ValueError(
+            f"{op}: gamma and sigma_data must be > 0, got gamma {gamma} and sigma_data {sigma_data}"
+        )
     table = schedule.table(t, wide, named, prediction_type, gamma, sigma_data)
     rows = checks.in_rows(prediction), checks.in_rows(x0)
     (loss,) = _denoising_loss(name, *rows, eps, key, table, _gathered(t), kind)

@@ -50,7 +50,8 @@ def _range(op: str, clip: float | None, dynamic_threshold: Any) -> tuple[float, 
     if dynamic_threshold is not None:
         if clip is not None:
             raise ValueError(f"{op}: give clip or dynamic_threshold, not both")
-        ratio, most = dynamic_threshold
+        pair = isinstance(dynamic_threshold, (tuple, list)) and len(dynamic_threshold) == 2
+        ratio, most = dynamic_threshold if pair else (math.nan, math.nan)
         if not (0 < ratio <= 1 and 1 <= most < math.inf):
             raise ValueError(
                 f"{op}: dynamic_threshold must be (ratio, maximum) with 0 < ratio <= 1 and "
@@ -110,6 +111,8 @@ def run_step(
     for name, other in others.items():
         if other is not None:
             checks.check_like(op, name, other, "x", x)
+    if isinstance(guidance, Tensor):  # reading it would stop the GPU
+        raise TypeError(f"{op}: guidance must be a number, got a tensor")
     if guidance != 1.0 and unconditional is None:
         raise ValueError(f"{op}: guidance {guidance} needs the prediction `unconditional`")
     if sampler.learned != (variance is not None):
