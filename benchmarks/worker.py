@@ -30,7 +30,8 @@ class Plan:
         beside: True for the second regime, which times eager and ours alone.
         quick: fewer samples, memory of eager and ours alone, ours in torch.compile left out.
         deadline: time.time() after which no further row is begun.
-        sides: the only ones that are measured beside ours; None is all.
+        sides: the only ones that are measured beside ours, without memory and small calls; None is
+            all of them.
     """
 
     rows: tuple[tuple[str, str], ...]
@@ -121,7 +122,7 @@ def row(plan: Plan, op: Op, benchmark: Benchmark) -> Iterator[Record]:
     elif backward or flops < _MUCH_ARITHMETIC * traffic:
         flops = 0
     for record in compare(plan, make, blank, traffic, flops, benchmark.dtype, op.reads):
-        if record.p50_ms is None or plan.beside:
+        if record.p50_ms is None or plan.beside or plan.sides is not None:
             yield record
             continue
         extra: dict[str, Any] = {}

@@ -1,6 +1,7 @@
 // The matrix product of attention and of code search: C[r, lanes] (+)= sum_k A(r, k) B[k, lanes],
-// with A read one word at a time and spread over the lanes, and B and C read as vectors. C stays in
-// registers.
+// with A read one word at a time and spread over the lanes, and B and C read as vectors. Sums stay
+// in registers and begin with 0: what C held is added last, so that a sum over many blocks rounds
+// once a block at its full size.
 #pragma once
 
 #include "common/simd.h"
@@ -54,7 +55,7 @@ static inline void product_tile(const Product<S>& p) {
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) sum[r][c] = kAdd ? load<vf>(p.c + r * p.c_row + c * kLanes) : vf{};
+    for (int c = 0; c < C; ++c) sum[r][c] = vf{};
   const typename S::Word *a = p.a, *b = p.b;
   for (int64_t k = 0; k < p.steps; ++k, a += p.a_step, b += p.b_step) {
     vf x[C];
@@ -68,7 +69,10 @@ static inline void product_tile(const Product<S>& p) {
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) store<vf>(p.c + r * p.c_row + c * kLanes, sum[r][c]);
+    for (int c = 0; c < C; ++c) {
+      float* at = p.c + r * p.c_row + c * kLanes;
+      store<vf>(at, kAdd ? load<vf>(at) + sum[r][c] : sum[r][c]);
+    }
 }
 
 template <class S, int C, bool kAdd>
