@@ -42,8 +42,8 @@ struct ContrastArgs {
   }
 };
 
-// Floats a row of maxima and sums so far: those of an own row and what softmax_block() leaves, those
-// of each lane for another row.
+// Floats a row of maxima and sums so far: those of an own row and what softmax_block() leaves,
+// those of each lane for another row.
 constexpr int kOwnRunning = 3, kOtherRunning = 32;
 
 struct ContrastTable {
