@@ -68,14 +68,42 @@ static void run_tasks(int64_t tasks, double work, const Body& body) {
   torch::stable::parallel_for(0, tasks, 1, body);
 }
 
+#if defined(GM_CUDA)
+static void run_cuda(const Layout& layout, const DecodeArgs& a, const Tensor& q,
+                     const Tensor& lengths, int64_t capacity) {
+  DecodeCuda c{};
+  static_cast<DecodeShape&>(c) = a;
+  c.lengths = lengths.data_ptr();
+  c.is_long = lengths.scalar_type() == ScalarType::Long;
+  c.capacity = capacity;
+  c.parts = (capacity + kCudaPart - 1) / kCudaPart;
+  c.factor = a.softcap > 0.0f ? a.scale / a.softcap : a.scale * kLog2E;
+  c.cap = a.softcap * kLog2E;
+  c.o = a.o_out;
+  // Freed after the launch: the allocator reuses it in stream order.
+  const int64_t slots = a.batches * a.kv_heads * a.rows() * c.parts, floats = slots * (a.width + 2);
+  const Tensor scratch = allocate(layout.op, q, &floats, 1, ScalarType::Float);
+  c.sums = (float*)scratch.data_ptr();
+  c.tops = c.sums + slots * a.width;
+  c.totals = c.tops + slots;
+  CudaScope scope(layout.device);
+  decode_cuda(c, scope.stream());
+}
+#endif
+
 static Tensor decode_attention_forward(const Tensor& q, const Tensor& k, const Tensor& v,
                                        const Tensor& lengths, int64_t window, double scale,
                                        double softcap) {
   const Layout layout("decode_attention", q);
   DecodeArgs a = read_args(layout, q, k, v, lengths, window, scale, softcap);
-  GM_CHECK(!layout.is_cuda, layout.op, ": has no CUDA C++ kernel; use backend='triton'");
   const Tensor o = allocate_like(layout.op, q);
   a.o_out = o.data_ptr();
+  if (layout.is_cuda) {
+#if defined(GM_CUDA)
+    run_cuda(layout, a, q, lengths, k.size(2));
+#endif
+    return o;
+  }
   const Rows rows(a, lengths, k.size(2));
   const int64_t floats = a.tasks() * a.rows() * a.slot();
   const Tensor partial = allocate(layout.op, q, &floats, 1, ScalarType::Float);

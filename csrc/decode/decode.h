@@ -9,24 +9,29 @@
 
 namespace gm {
 
-constexpr int64_t kPart = 512;  // keys of a part; parts are cut at its multiples
+constexpr int64_t kPart = 1024;  // keys of a part; parts are cut at its multiples
 
 // What a part gives for a row of queries: padded(D) floats, the sum of p v, then the largest score
 // (in units of 2^x) and the sum of p, and 14 that are not used.
 constexpr int64_t kTop = 0, kSum = 1, kStatistics = 16;
 
-struct DecodeArgs {
+// What CPU and CUDA kernels are told alike.
+struct DecodeShape {
   Heads q, k, v;  // [B, H, T, D], [B, Hkv, S, D] twice; k and v of one dtype
   int64_t batches, heads, kv_heads, queries, width;
-  int64_t window;                    // 0: none
+  int64_t window;  // 0: none
+
+  // Queries of all heads that share a key head: row g T + i is query i of the head's g-th head.
+  int64_t rows() const { return heads / kv_heads * queries; }
+};
+
+struct DecodeArgs : DecodeShape {
   float scale, softcap;              // softcap 0: none
   const int64_t* lengths = nullptr;  // [B], in [0, S]
   const int64_t* parts = nullptr;    // [B + 1]: parts of the rows before each
   float* partial = nullptr;          // [parts, Hkv, rows(), slot()] on a cache line
   void* o_out = nullptr;             // [B, H, T, D] contiguous, in q's dtype
 
-  // Queries of all heads that share a key head: row g T + i is query i of the head's g-th head.
-  int64_t rows() const { return heads / kv_heads * queries; }
   int64_t slot() const { return padded(width) + kStatistics; }
   // The keys [first_key(), last_key()) that query i of batch b sees.
   int64_t last_key(int64_t b, int64_t i) const {
@@ -56,5 +61,23 @@ struct DecodeTable {
 };
 
 GM_KERNEL_TABLE(DecodeTable, decode_table)
+
+constexpr int64_t kCudaPart = 256;  // keys of a part on the GPU, where a block takes one
+
+// Lengths stay on the device, so the parts are those of the capacity.
+struct DecodeCuda : DecodeShape {
+  const void* lengths;  // [B], int64 or int32
+  bool is_long;
+  bool vector;  // set by the launcher: rows may be read 16 bytes at a time
+  int64_t capacity, parts;
+  float factor;          // takes products q k to powers of two, or to what tanh() gets
+  float cap;             // takes tanh() to powers of two; 0: none
+  float* sums;           // [B, Hkv, rows(), parts, D] scratch
+  float *tops, *totals;  // [B, Hkv, rows(), parts] scratch
+  void* o;               // [B, H, T, D] contiguous, in q's dtype
+};
+
+// stream is a cudaStream_t.
+void decode_cuda(DecodeCuda args, void* stream);
 
 }  // namespace gm

@@ -7,7 +7,9 @@
 namespace gm {
 namespace GM_ISA {
 
-static_assert(kPart % (4 * kLanes) == 0, "vectors must tile the streams of a part");
+constexpr int64_t kStreams = 4;
+constexpr int64_t kStreamed = 64;  // keys that are taken in streams come in multiples of it
+static_assert(kStreamed % (kStreams * kLanes) == 0, "vectors must tile the streams");
 
 // How rows of a dtype are read: a load gives kPer vectors of float32. Where kPer is 2 these are the
 // even and the odd elements, and the queries and sums have the same order.
@@ -72,12 +74,28 @@ static inline vf sum_each(const vf* x) {
 
 #pragma GCC diagnostic pop
 
-// In which order the keys of a part are taken: from a whole part four streams a quarter apart,
-// which keep more of the memory busy than one does; else one after the other. Elements from one of
-// four keys to the next, and from four to the next four.
+// In which order keys are taken: four streams side by side, which keep more of the memory busy than
+// one does, or one key after the other. Elements from one of four keys to the next, and from four
+// to the next four.
 struct Steps {
   int64_t key, four;
+  bool ahead = false;  // four streams of rows without gaps
 };
+
+// Hardware prefetchers stop at the end of a page and start anew in the next one after misses. The
+// first kHead bytes of each page are fetched to the second-level cache while the page before it is
+// read.
+constexpr int64_t kPage = 4096, kHead = 512;
+
+static inline bool is_head(Steps steps, const void* row) {
+  return steps.ahead && (uintptr_t)row % kPage < kHead;
+}
+
+// Inlined always: GCC drops calls of a function that does nothing but prefetch.
+template <class Word>
+[[gnu::always_inline]] static inline void prefetch_next_page(const Word* row) {
+  __builtin_prefetch((const char*)row + kPage, 0, 2);
+}
 
 // q k of the n <= kLanes keys from `k` on; further lanes hold the first key's.
 template <class E>
@@ -93,7 +111,12 @@ static inline vf products(const float* q, const typename E::Word* k, Steps steps
       at[j] = k + key / 4 * steps.four + key % 4 * steps.key;
     }
     vf sum[4] = {};
+    const bool head = is_head(steps, at[0]);
     for (int64_t d = 0; d < width; d += E::kPer * kLanes) {
+      if (head) {
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) prefetch_next_page(at[j] + d);
+      }
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
         vf x[E::kPer];
@@ -108,9 +131,13 @@ static inline vf products(const float* q, const typename E::Word* k, Steps steps
   return sum_each(sums);
 }
 
-// sum += p v
+// sum += p v; head: of a page
 template <class E, int kLoads>
-static inline void add_row(float p, const typename E::Word* v, vf* sum) {
+static inline void add_row(float p, const typename E::Word* v, bool head, vf* sum) {
+  if (head) {
+#pragma GCC unroll 8
+    for (int l = 0; l < kLoads; ++l) prefetch_next_page(v + l * E::kPer * kLanes);
+  }
   const vf weight = splat<vf>(p);
 #pragma GCC unroll 8
   for (int l = 0; l < kLoads; ++l) {
@@ -131,10 +158,11 @@ static inline void add_columns(const float* p, const typename E::Word* v, Steps 
   for (int c = 0; c < kLoads * E::kPer; ++c) sum[c] = load<vf>(out + c * kLanes);
   int64_t j = 0;
   for (; j + 4 <= n; j += 4, v += steps.four) {
+    const bool head = is_head(steps, v);
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) add_row<E, kLoads>(p[j + i], v + i * steps.key, sum);
+    for (int i = 0; i < 4; ++i) add_row<E, kLoads>(p[j + i], v + i * steps.key, head, sum);
   }
-  for (; j < n; ++j, v += steps.key) add_row<E, kLoads>(p[j], v, sum);
+  for (; j < n; ++j, v += steps.key) add_row<E, kLoads>(p[j], v, false, sum);
 #pragma GCC unroll 8
   for (int c = 0; c < kLoads * E::kPer; ++c) store<vf>(out + c * kLanes, sum[c]);
 }
@@ -187,9 +215,11 @@ class Parts {
     const int64_t begin = (a_.first_part(b) + n) * kPart;
     first_ = std::max(begin, a_.first_key(b, 0));
     count_ = std::min(begin + kPart, a_.lengths[b]) - first_;
-    const bool all = count_ == kPart && a_.first_key(b, a_.queries - 1) <= first_ &&
-                     a_.last_key(b, 0) >= first_ + kPart;
-    stream_ = all && a_.k.dtype == DType::f32 ? kPart / 4 : 1;
+    streamed_ = 0;
+    if (a_.k.dtype == DType::f32 && a_.first_key(b, a_.queries - 1) <= first_) {
+      const int64_t shared = std::clamp<int64_t>(a_.last_key(b, 0) - first_, 0, count_);
+      streamed_ = shared / kStreamed * kStreamed;
+    }
     blocks(a_.k, kLanes, [&](auto e, const auto* k, Steps steps, int64_t j, int64_t keys) {
       for (int64_t r = 0; r < rows_; ++r) {
         const vf s = products<decltype(e)>(query(r), k, steps, keys, width_);
@@ -248,16 +278,23 @@ class Parts {
     return blocks_of<Half>(x, block, body);
   }
 
-  // Rows are read in place if loads tile them, but converted once if several queries read them.
   template <class E, class Body>
   void blocks_of(const Heads& x, int64_t block, const Body& body) {
+    const int64_t stream = streamed_ / kStreams * x.row;
+    run_blocks<E>(x, block, 0, streamed_, {stream, x.row, x.row == a_.width}, body);
+    run_blocks<E>(x, block, streamed_, count_, {x.row, 4 * x.row}, body);
+  }
+
+  // Rows are read in place if loads tile them, but converted once if several queries read them.
+  template <class E, class Body>
+  void run_blocks(const Heads& x, int64_t block, int64_t begin, int64_t end, Steps steps,
+                  const Body& body) {
     const bool tiles = a_.width % (E::kPer * kLanes) == 0;
     const bool in_place = tiles && (x.dtype == DType::f32 || rows_ == 1);
     const int64_t step = in_place ? block : kLanes;
-    const auto* rows = (const typename E::Word*)row_at(x, b_, kv_head_, first_);
-    const Steps steps{stream_ * x.row, stream_ > 1 ? x.row : 4 * x.row};
-    for (int64_t j = 0; j < count_; j += step, rows += step / 4 * steps.four) {
-      const int64_t n = std::min(step, count_ - j);
+    const auto* rows = (const typename E::Word*)row_at(x, b_, kv_head_, first_ + begin);
+    for (int64_t j = begin; j < end; j += step, rows += step / 4 * steps.four) {
+      const int64_t n = std::min(step, end - j);
       if (in_place) {
         body(E{}, rows, steps, j, n);
         continue;
@@ -307,7 +344,7 @@ class Parts {
   float scale_, cap_;
   int64_t b_ = -1, kv_head_ = -1;  // whose queries are packed
   int64_t first_ = 0, count_ = 0;  // the keys of the part
-  int64_t stream_ = 1;             // keys from one of four to the next
+  int64_t streamed_ = 0;           // of them, from first_ on, taken in four streams
 };
 
 static void run_parts(const DecodeArgs& a, int64_t begin, int64_t end) {
