@@ -82,4 +82,5 @@ if __name__ == "__main__":
     print("_SIN =", fit(sine, 1e-12, 0.25, degree=3, power=0))
     print("_COS =", fit(cosine, 1e-12, 0.25, degree=2, power=1))
     print("_EXP2_RELATIVE =", fit(exp2_tail, -0.5, 0.5, degree=5, power=0))
+    print("_EXP2_SOFTMAX =", fit(exp2_tail, 0, 1 / 32, degree=1, power=1))
     print("_TANH =", fit(tanh_tail, 1e-12, 0.36, degree=4, power=1))
