@@ -18,7 +18,7 @@ from torch import Tensor
 import gmkernels
 from benchmarks.sides import COMPILED, EAGER, OURS, OURS_COMPILED, SEED, Side, compiled
 from gmkernels import data, registry, train
-from gmkernels.models import autoregressive, gpt2, image_diffusion, vae
+from gmkernels.models import autoregressive, gpt2, image_diffusion, image_flow, vae
 from gmkernels.models.gpt import GPT, Sizes
 
 REFERENCE = "reference backend"
@@ -32,8 +32,10 @@ class ModelStep:
 
     samples: what sample() is given, where that is timed; it is not compiled, its loop being 50
     networks long. headline: whether `make bench` has it, one a paradigm. libraries: sides in plain
-    PyTorch but for ops with a peer of that name, which it is, eager and compiled. peers: other
-    libraries that draw the same; a function of our model gives their call.
+    PyTorch but for ops with a peer of that name, which it is, eager and compiled; one that is not
+    installed says so in place of its time. unlike: those of them whose ops are other functions of
+    the same numbers, so that their losses are not ours. peers: other libraries that draw the same;
+    a function of our model gives their call.
     """
 
     name: str
@@ -43,6 +45,7 @@ class ModelStep:
     samples: dict[str, Any] | None = None
     headline: bool = False
     libraries: tuple[str, ...] = ()
+    unlike: tuple[str, ...] = ()
     peers: dict[str, Callable[[Any], Callable[[], Tensor]]] = field(default_factory=dict)
 
     @property
@@ -57,6 +60,14 @@ def _digits() -> Tensor:
 
 def _digits_diffusion() -> torch.nn.Module:
     return image_diffusion.image_diffusion(64, 17, classes=0)
+
+
+def _nsf() -> torch.nn.Module:
+    return image_flow.nsf(2, 0, dropout=0.0)
+
+
+def _moons() -> Tensor:
+    return data.moons().train[:1024]
 
 
 def _gpt(context: int) -> torch.nn.Module:
@@ -140,6 +151,15 @@ MODEL_STEPS = (
     _learning(1, 1024),
     _writing(1),
     _writing(16),
+    ModelStep(
+        "NSF",
+        "two moons, 6 couplings by networks of 64, 8 bins, batch of 1024",
+        _nsf,
+        _moons,
+        headline=True,
+        libraries=("nflows", "zuko"),
+        unlike=("zuko",),
+    ),
 )
 
 
@@ -261,8 +281,14 @@ def fault(step: ModelStep, device: str) -> str:
         return [float(x.mean())] if x.is_floating_point() else x.flatten().tolist()
 
     losses, count = {}, 3 if step.samples is None else 1
-    for name in (REFERENCE, OURS, *step.libraries, *step.peers):
-        side = sides_of(step, device)[name]()
+    like = [name for name in step.libraries if name not in step.unlike]
+    for name in (REFERENCE, OURS, *like, *step.peers):
+        try:
+            side = sides_of(step, device)[name]()
+        except ModuleNotFoundError:
+            if name not in step.libraries:
+                raise
+            continue
         losses[name] = [number for _ in range(count) for number in told(side())]
     true = losses.pop(REFERENCE)
     for name, found in losses.items():

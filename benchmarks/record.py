@@ -21,6 +21,8 @@ class Record:
         gflop_per_s, share_of_matmul: likewise, of forwards with much arithmetic a byte.
         peak_memory_mb: MiB beyond the inputs, results included.
         host_us: microseconds of a call on 8 x 32 elements; of a loop, of a step on 1 x 4 x 8 x 8.
+        share_of_faults: of the time, what the call's page faults cost: their number times a fault's
+            measured cost; in the default regime on a CPU.
         correct: "yes", or what is wrong; then no number is given.
     """
 
@@ -42,6 +44,7 @@ class Record:
     share_of_matmul: float | None = None
     peak_memory_mb: float | None = None
     host_us: float | None = None
+    share_of_faults: float | None = None
     correct: str = "yes"
 
     @property

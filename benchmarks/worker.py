@@ -27,7 +27,8 @@ class Plan:
 
     Attributes:
         rows: (op, benchmark) names; loops, models: what follows them.
-        beside: True for the second regime, which times eager and ours alone.
+        beside: True for the second regime, which times eager and ours, and torch.compile unless
+            quick.
         quick: fewer samples, memory of eager and ours alone, ours in torch.compile left out.
         deadline: time.time() after which no further row is begun.
         sides: the only ones that are measured beside ours, without memory and small calls; None is
@@ -112,7 +113,8 @@ def row(plan: Plan, op: Op, benchmark: Benchmark) -> Iterator[Record]:
     if not plan.beside and (wrong := guarded(lambda: fault(op, benchmark, plan.device, sides))):
         yield blank(side=OURS, correct=f"WRONG: {wrong}")
         return
-    names = tuple(n for n in (EAGER, OURS) if plan.has(n)) if plan.beside else sides.names
+    beside = (EAGER, OURS) if plan.quick else (EAGER, COMPILED, OURS)
+    names = tuple(n for n in beside if plan.has(n)) if plan.beside else sides.names
     make = {n: functools.partial(build, op, benchmark, plan.device, n, sides) for n in names}
     backward = benchmark.backward
     traffic = op.bytes(benchmark.case, benchmark.dtype, backward)
@@ -240,6 +242,9 @@ def compare(
     if flops:
         everything["matmul"], multiplied = probes.matmul_probe(dtype, plan.device)
     times = timing.in_turn(everything, plan.device, rounds=plan.rounds, seconds=plan.seconds)
+    fault_cost = 0.0
+    if plan.device == "cpu" and plan.regime == "default":
+        fault_cost = probes.seconds_a_fault()
     for name in make:
         if name in failed:
             yield blank(side=name, correct=failed[name])
@@ -256,6 +261,8 @@ def compare(
         if flops:
             numbers["gflop_per_s"] = flops / t.p50 / 1e9
             numbers["share_of_matmul"] = flops / t.p50 / (multiplied / times["matmul"].p50)
+        if fault_cost:
+            numbers["share_of_faults"] = probes.page_faults(calls[name]) * fault_cost / t.p50
         milliseconds = {f"{k}_ms": v * 1e3 for k, v in vars(t).items()}
         yield blank(side=name, **milliseconds, **numbers)
 

@@ -1,5 +1,6 @@
 """Flows: densities that integrate to 1, chains that reconstruct, bounds of pictures."""
 
+import functools
 import math
 
 import pytest
@@ -13,6 +14,7 @@ from gmkernels.models.couplings import AffineCoupling, MaskedAffine, MaskedSplin
 from gmkernels.models.flow import Chain, Flow, Multiscale, Normal
 from gmkernels.models.masked import MaskedNet
 from gmkernels.models.transforms import ActNorm, Inverse, Leaky, Logit, LUAffine, Permutation
+from gmkernels.ops.likelihood import gaussian_nll
 from gmkernels.split import Split
 
 BUILDERS = ("realnvp", "glow", "nsf", "maf")
@@ -104,6 +106,80 @@ def test_samples_come_from_the_density(name):
         value = (-(points - torch.tensor(centre)).square().sum(1)).exp().double()
         drawn = (-(x - torch.tensor(centre)).square().sum(1)).exp().double()
         assert abs(float((value * weight).sum() - drawn.mean())) < 5 * float(drawn.std()) / 100
+
+
+def zukos_spline(numbers):
+    """Zuko's spline of our numbers: the same bins and slopes, from what it squashes to them."""
+    from zuko.transforms import MonotonicRQSTransform
+
+    widths, heights, v = numbers.split([8, 8, 7], -1)
+    sizes = ((1e-3 + 0.992 * raw.softmax(-1)).log() for raw in (widths, heights))
+    slopes = (1e-3 + F.softplus(v)).log()
+    reach = -math.log(1e-9)  # theirs squashes a number u to u / (1 + |u| / reach)
+    raw = [*(u / (1 - 2 * u.abs() / reach) for u in sizes), slopes / (1 - slopes.abs() / reach)]
+    return MonotonicRQSTransform(*raw, bound=3.0, slope=1e-9)
+
+
+def zukos_affine(numbers):
+    """Zuko's scale and shift, likewise."""
+    from zuko.transforms import MonotonicAffineTransform
+
+    shift, u = numbers.unbind(-1)
+    return MonotonicAffineTransform(shift, u / (1 - u.abs() / -math.log(1e-9)), slope=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("make", "outputs", "element"),
+    [
+        (functools.partial(MaskedAffine, scale="exp"), 2, zukos_affine),
+        (MaskedSpline, 23, zukos_spline),
+    ],
+    ids=["MAF", "NSF"],
+)
+def test_masked_flows_are_zukos(make, outputs, element):
+    """On the same masked network, density and samples; zuko says derivatives another way."""
+    pytest.importorskip("zuko")
+    from zuko.distributions import DiagNormal, NormalizingFlow
+    from zuko.transforms import AutoregressiveTransform, DependentTransform
+
+    torch.manual_seed(0)
+    net = MaskedNet(4, outputs, (16,)).double()
+    with torch.no_grad():
+        for p in net.parameters():  # a new one says zeros
+            p += 0.3 * torch.randn_like(p)
+    ours = Flow([make(net)], Normal(4)).double()
+    theirs = AutoregressiveTransform(lambda x: DependentTransform(element(net(x)), 1), passes=4)
+    peer = NormalizingFlow(theirs, DiagNormal(torch.zeros(4).double(), torch.ones(4).double()))
+    x = 2 * torch.randn(20, 4).double()
+    torch.testing.assert_close(ours.log_prob(x), peer.log_prob(x), atol=1e-9, rtol=1e-9)
+    z = torch.randn(20, 4).double()
+    torch.testing.assert_close(ours.transform.inverse(z)[0], theirs.inv(z), atol=1e-9, rtol=1e-9)
+
+
+def test_learned_prior_is_a_gaussian_of_what_leaves():
+    """Glow's: what leaves a scale is N(mean, sd) by a layer of what stays."""
+    torch.manual_seed(0)
+    model = image_flow.glow(16, 17, layers=1, width=8, dropout=0.0, learned_prior=True).double()
+    model.eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.3 * torch.randn_like(p)
+    logit, scales = model.flow.transform.transforms
+    first, last = (level.transforms for level in scales.levels)
+    prior, top = first[-1], last[-1]
+    y = torch.rand(5, 1, 4, 4).double()
+    whole = model.flow.log_prob(y)
+    del first[-1], last[-1]
+    z, log_det = model.flow.transform(y)
+    out, rest = z.split([8, 8], 1)
+    leaves, stays = scales.levels[0](logit(y)[0])[0].chunk(2, 1)
+    torch.testing.assert_close(leaves.flatten(1), out)
+    shift, log_s = prior.net(stays).chunk(2, 1)
+    of_out = torch.distributions.Normal(-shift * torch.exp(-log_s), torch.exp(-log_s))
+    log_p = log_det + of_out.log_prob(leaves).flatten(1).sum(1)
+    latent, of_top = top(rest.view(5, 8, 1, 1))
+    log_p += of_top - gaussian_nll(latent.flatten(1), torch.zeros(5, 8).double())
+    torch.testing.assert_close(whole, log_p, atol=1e-9, rtol=1e-9)
 
 
 def test_log_prob_is_nflows():

@@ -63,17 +63,29 @@ def _side(name: str, pixels: int) -> int:
     return side
 
 
+def _prior(channels: int) -> Transform:
+    """N(mean, sd) of the half that leaves, both by one layer from the half that stays.
+
+    (z - mean) / sd ~ N(0, I): an affine coupling, so the base stays a standard normal.
+    """
+    net = _zero(nn.Conv2d(channels // 2, channels, 3, 1, 1))
+    return AffineCoupling(net, Split.halves(channels, flip=True), scale="exp")
+
+
 def _multiscale(
     side: int,
     stage: Callable[[int, int], list[Transform]],
     squeezed: Callable[[int], list[Transform]],
     reconstruct: bool,
+    learned_prior: bool = False,
 ) -> list[Transform]:
     """Two levels; stage(C, side) before each squeeze, squeezed(C) after it."""
     levels: list[tuple[Transform, tuple[int, int, int]]] = []
     channels = 1
-    for _ in range(2):
+    for level in range(2):
         steps = [*stage(channels, side), Squeeze(), *squeezed(4 * channels)]
+        if learned_prior:
+            steps.append(ActNorm(4 * channels) if level else _prior(4 * channels))
         side //= 2
         levels.append((Chain(steps, reconstruct=reconstruct), (4 * channels, side, side)))
         channels *= 2
@@ -137,6 +149,7 @@ def _glow_like(
     dropout: float,
     classes: int,
     reconstruct: bool,
+    learned_prior: bool = False,
 ) -> DataFlow:
     """Steps of ActNorm, invertible 1 x 1 and a coupling of the second half of the channels."""
     _check(name, layers=layers, width=width)
@@ -150,9 +163,10 @@ def _glow_like(
 
     if not levels:
         flat = steps(_mlp(width, dropout, classes), pixels)
+        flat += [ActNorm(pixels)] if learned_prior else []
         return DataFlow(flat, (pixels,), 0, classes=classes, reconstruct=reconstruct)
     side, make = _side(name, pixels), _convolution(width, dropout, classes)
-    scales = _multiscale(side, lambda *_: [], lambda c: steps(make, c), reconstruct)
+    scales = _multiscale(side, lambda *_: [], lambda c: steps(make, c), reconstruct, learned_prior)
     return DataFlow(scales, (1, side, side), levels, classes=classes)
 
 
@@ -165,14 +179,20 @@ def glow(
     dropout: float = 0.3,
     classes: int = 0,
     reconstruct: bool = False,
+    learned_prior: bool = False,
 ) -> DataFlow:
-    """Glow (Kingma and Dhariwal 2018, 1807.03039): steps at two scales. Args as in realnvp()."""
+    """Glow (Kingma and Dhariwal 2018, 1807.03039): steps at two scales.
+
+    Args as in realnvp(), and
+        learned_prior: means and deviations of the latents are learned: of the channels that leave
+            at a scale from those that stay, of the last ones by channel. Else all are N(0, 1).
+    """
 
     def coupling(make: MakeNet, split: Split) -> Transform:
         n = split.transformed
         return AffineCoupling(make(split.shape[0] - n, 2 * n), split, scale="sigmoid")
 
-    options = layers, width, dropout, classes, reconstruct
+    options = layers, width, dropout, classes, reconstruct, learned_prior
     return _glow_like("glow", pixels, levels, coupling, *options)
 
 
