@@ -44,7 +44,11 @@ RUNS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "digits",
         ("-o", "domain=rotated", "-o", "moves=true", "--every", "1000"),
     ),
-    "digits-thickened": ("cyclegan", "digits", ("-o", "domain=thickened", "--every", "1000")),
+    "digits-thickened": (
+        "cyclegan",
+        "digits",
+        ("-o", "domain=thickened", "-o", "identity=1", "--every", "1000"),
+    ),
 }
 EVERY_SEED = ("ring-gan",)
 
