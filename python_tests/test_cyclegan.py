@@ -131,6 +131,7 @@ def test_rearrangement():
     net, x = image_cyclegan.Rearrangement(SHAPE), pictures().view(-1, *SHAPE)
     mean = x.mean((1, 2, 3), keepdim=True).expand_as(x)
     assert (net(x) - mean).abs().max() < 0.2 * (x - mean).abs().max()
+    torch.testing.assert_close(net(torch.ones_like(x)), torch.ones_like(x))
     turn = image_cyclegan.DOMAINS["rotated"]
     places = turn(torch.arange(64.0).view(1, *SHAPE)).flatten().long()
     with torch.no_grad():
