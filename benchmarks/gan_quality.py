@@ -38,11 +38,15 @@ RUNS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         ("--steps", "3000", "--every", "3000", "-o", "weight=0.1"),
     ),
     "digits-gan": ("gan", "digits", ("--steps", "2000", "--every", "2000", "--batch-size", "100")),
-    "digits-inverted": ("cyclegan", "digits", ("-o", "domain=inverted", "--every", "1000")),
+    "digits-inverted": (
+        "cyclegan",
+        "digits",
+        ("-o", "domain=inverted", "-o", "identity=0", "--every", "1000"),
+    ),
     "digits-rotated": (
         "cyclegan",
         "digits",
-        ("-o", "domain=rotated", "-o", "moves=true", "--every", "1000"),
+        ("-o", "domain=rotated", "-o", "identity=0", "-o", "moves=true", "--every", "1000"),
     ),
     "digits-thickened": ("cyclegan", "digits", ("-o", "domain=thickened", "--every", "1000")),
 }

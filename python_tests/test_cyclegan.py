@@ -131,6 +131,7 @@ def test_rearrangement():
     net, x = image_cyclegan.Rearrangement(SHAPE), pictures().view(-1, *SHAPE)
     mean = x.mean((1, 2, 3), keepdim=True).expand_as(x)
     assert (net(x) - mean).abs().max() < 0.2 * (x - mean).abs().max()
+    torch.testing.assert_close(net(torch.ones_like(x)), torch.ones_like(x))
     turn = image_cyclegan.DOMAINS["rotated"]
     places = turn(torch.arange(64.0).view(1, *SHAPE)).flatten().long()
     with torch.no_grad():
@@ -144,7 +145,7 @@ def test_learns_to_invert_digits():
     """Without a pair: after 100 steps G(x) is nearer to 1 - x than any one picture can be."""
     images = data.digits()
     torch.manual_seed(0)
-    model = image_cyclegan.cyclegan(64, 17, domain="inverted", width=16)
+    model = image_cyclegan.cyclegan(64, 17, domain="inverted", width=16, identity=0.0)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3, betas=(0.5, 0.999))
     for step in range(100):
         rows = images.unit(images.batch(64, seed=0, step=step)[0])

@@ -88,7 +88,7 @@ def cyclegan(
     domain: str = "thickened",
     width: int = 16,
     cycle: float = 10.0,
-    identity: float = 0.0,
+    identity: float = 1.0,
     pool: int = 50,
     moves: bool = False,
 ) -> ImageCycleGAN:
@@ -97,7 +97,8 @@ def cyclegan(
     Args:
         domain: dark and light exchanged; a quarter turn; each pixel the largest of 2 x 2.
         width: of the generators; the critics have twice as many channels.
-        identity: above 0 it holds the generators where they are, away from "inverted", "rotated".
+        identity: holds the generators near what they see. "thickened" is found with it alone; give
+            0 for "inverted" and "rotated", which it keeps away from.
         moves: generators that move pixels and do nothing else, for "rotated"; the others keep what
             they see near its place. Others as in CycleGAN.
     """
