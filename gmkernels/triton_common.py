@@ -88,7 +88,10 @@ def on_device(key: torch.Tensor, device: torch.device) -> torch.Tensor:
             "key must be a contiguous int64 tensor of two elements (seed, offset), "
             f"got {key.dtype} of shape {tuple(key.shape)}"
         )
-    return key if key.device == device else filled_key(*key.tolist(), device)
+    if key.device == device:
+        return key
+    seed, offset = key.tolist()
+    return filled_key(seed, offset, device)
 
 
 def filled_key(seed: int, offset: int, device: torch.device) -> torch.Tensor:
