@@ -147,6 +147,22 @@ def test_variance_of_gaussian_data_in_closed_form(name, s2):
     assert variance.item() == pytest.approx(s2, rel=0.02)
 
 
+def test_compiled_for_any_shape():
+    """One graph for all batches and sizes, the step a tensor, guidance and noise in it."""
+    sampler, key = Sampler.ddim(Schedule.linear(), 6, eta=1.0), gmkernels.noise.key(3)
+
+    def step(x: Tensor, p: Tensor, u: Tensor, i: Tensor) -> Tensor:
+        options = {"unconditional": u, "guidance": 2.0, "clip": 1.0, "seed": key}
+        return gmkernels.ddim_step(x, p, i, sampler, **options)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for i, shape in enumerate([(4, 3, 8, 9), (7, 2, 5, 10), (2, 6, 16, 5)]):
+        given = [filled(shape, torch.float32, "cpu", n) for n in range(3)]
+        at = torch.tensor(i)
+        with torch.compiler.set_stance("default" if i == 0 else "fail_on_recompile"):
+            assert torch.equal(compiled(*given, at), step(*given, at))
+
+
 def test_levels_of_spacings():
     schedule = Schedule.linear(10)
     assert spaced(schedule, 5, "leading", "ddim")[0] == [8, 6, 4, 2, 0]

@@ -226,18 +226,52 @@ def test_others_are_those_of_diffusers(name, spacing, kind, dtype, monkeypatch):
     torch.testing.assert_close(got, want, rtol=rtol, atol=atol * want.abs().max().item())
 
 
-def test_flow_euler_is_that_of_diffusers():
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(
+    ("name", "limit"), [("dpmpp_2m", {"dynamic_threshold": (0.9, 1.5)}), ("heun", {"clip": 0.8})]
+)
+def test_limits_are_those_of_diffusers(name, limit, kind):
+    """The limits that their other samplers know: thresholding of one, clamping of the other."""
     diffusers = pytest.importorskip("diffusers")
+    schedule, steps, dtype = Schedule.scaled_linear(), 8, torch.float32
+    peer, _ = PEERS[name]
+    config = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    config |= {"timestep_spacing": "linspace", "prediction_type": kind}
+    if name == "heun":
+        config |= {"clip_sample": True, "clip_sample_range": 0.8}
+    else:
+        config |= {"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 1.5}
+    theirs = getattr(diffusers, peer)(**config)
+    theirs.set_timesteps(steps)
+    sampler = getattr(Sampler, name)(schedule, steps, prediction_type=kind, spacing="linspace")
+    x, net = given(dtype, 0)[0], net_of(dtype)
+    scale = 1.0 if name == "dpmpp_2m" else math.sqrt(1 + theirs.sigmas[0].item() ** 2)
+    times = iter(theirs.timesteps.tolist())
+    got = sample(x, sampler, lambda x, t: net(x, next(times)), **limit)
+    for t in theirs.timesteps:
+        p = net(theirs.scale_model_input(x * scale, t), t.item())
+        x, scale = theirs.step(p, t, x * scale).prev_sample, 1.0
+    torch.testing.assert_close(got, x, rtol=1e-5, atol=2e-5 * x.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_flow_euler_is_that_of_diffusers(dtype, monkeypatch):
+    diffusers = pytest.importorskip("diffusers")
+    if dtype == torch.float64:
+        module = "diffusers.schedulers.scheduling_flow_match_euler_discrete"
+        monkeypatch.setattr(f"{module}.torch", Wide(torch))
     theirs = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     schedule, steps = Schedule.flow_matching(shift=3.0), 10
     sampler = Sampler.flow_euler(schedule, steps)
-    theirs.set_timesteps(sigmas=schedule.levels64[sampler.times.long(), 1].tolist())
+    sigmas = schedule.levels64[sampler.times.long(), 1]
+    theirs.set_timesteps(sigmas=sigmas.tolist())
     # theirs shifts the sigmas that it is given once more
-    theirs.sigmas = torch.cat([sampler.sigma[:-1], torch.zeros(1)])
-    x, _ = given(torch.float32, 0)
-    net = net_of(torch.float32)
-    got = sample(x, sampler, lambda x, t: net(x, 1000 * schedule.sigma[int(t)].item()))
+    theirs.sigmas = torch.cat([sigmas, torch.zeros(1)]).to(dtype)
+    x, _ = given(dtype, 0)
+    net = net_of(dtype)
+    got = sample(x, sampler, lambda x, t: net(x, 1000 * schedule.levels64[int(t), 1].item()))
     for i, t in enumerate(theirs.timesteps):
-        p = net(x, 1000 * sampler.sigma[i].item())
+        p = net(x, 1000 * sigmas[i].item())
         x = theirs.step(p, t, x).prev_sample
-    torch.testing.assert_close(got, x, rtol=1e-5, atol=1e-5)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-10
+    torch.testing.assert_close(got, x, rtol=tolerance, atol=tolerance)
