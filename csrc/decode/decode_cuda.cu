@@ -207,8 +207,11 @@ __global__ void __launch_bounds__(32 * kJoinWarps) decode_join_kernel(
   __shared__ float shared_sums[kJoinWarps][256], shared_tops[kJoinWarps];
   __shared__ float shared_totals[kJoinWarps];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, width = (int)c.width;
-  const int64_t row = blockIdx.x, per_batch = c.heads * c.queries;  // rows lie as [B, H, T] do
-  const Seen seen = keys_seen(c, row / per_batch, (int)(row % c.queries));
+  // Rows lie as [B, H, T] do. Divisions in 32 bits: those in 64 are calls, and made registers
+  // spill.
+  const unsigned place = blockIdx.x, per_batch = (unsigned)(c.heads * c.queries);
+  const Seen seen = keys_seen(c, place / per_batch, (int)(place % (unsigned)c.queries));
+  const int64_t row = place;
   const int first = seen.low / (int)kCudaPart, last = (seen.high + kCudaPart - 1) / kCudaPart;
   const float *tops = c.tops + row * c.parts, *totals = c.totals + row * c.parts;
 
