@@ -16,6 +16,9 @@ CLANG_FORMAT := $(if $(wildcard $(dir $(PY))clang-format),$(dir $(PY))clang-form
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(CSRC)
 STAMP := build/.installed-$(shell echo "$(realpath $(PYTHON)) $(PY)" | cksum | cut -d' ' -f1)
 
+# Before what takes minutes: a build without them ends in CMake's words.
+HEADERS = @$(PYTHON) -c "import os, sysconfig as s; assert os.path.exists(s.get_path('include') + '/Python.h')" 2>/dev/null || { echo "Python's headers are missing: on Debian and Ubuntu, apt-get install python3-dev"; exit 1; }
+
 help:
 	@echo "make bench       fused kernels against eager PyTorch and torch.compile, in minutes (the main job)"
 	@echo "make test        every kernel on every backend against the float64 reference"
@@ -33,12 +36,14 @@ help:
 
 ifeq ($(HAS_TORCH),1)
 build/.requirements:
+	$(HEADERS)
 	@mkdir -p build
 	@missing=$$($(PY) -c "import importlib.util as u; names = dict(numpy='numpy', tqdm='tqdm', safetensors='safetensors', setuptools='setuptools', wheel='wheel', cmake='cmake', ninja='ninja', pybind11='pybind11', matplotlib='matplotlib', rich='rich', sklearn='scikit-learn', scipy='scipy', pytest='pytest', hypothesis='hypothesis'); print(*[p for m, p in names.items() if u.find_spec(m) is None])"); \
 	if [ -n "$$missing" ]; then echo "installing $$missing"; $(PY) -m pip install -q $$missing; fi
 	@touch $@
 else
 build/.requirements: .venv/bin/python requirements.txt
+	$(HEADERS)
 	@mkdir -p build
 	@echo "installing requirements.txt into .venv (torch is large: minutes on a slow line)"
 	@$(PY) -m pip install -q --disable-pip-version-check --no-compile -r requirements.txt

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+import gmkernels
 from benchmarks import __main__ as command
 from benchmarks import loops, model_steps, probes, record, report, sides, timing, worker
 from benchmarks.record import Record
@@ -218,6 +219,27 @@ def test_peak_memory(reuse: bool) -> None:
     assert peak is not None
     # A temporary and a result of 8 MiB, no input; pages of their ends may have been there.
     assert (16 << 20) - (64 << 10) <= peak < 17 << 20
+
+
+def make_training_call() -> Callable[[], Any]:
+    """Forward and backward of reparameterize_kl: z and two gradients of 4 MiB, kl of 4 KiB."""
+    mean, logvar, dz = (torch.full((1024, 1024), 0.1) for _ in range(3))
+    inputs, dkl = (mean.requires_grad_(), logvar.requires_grad_()), torch.ones(1024)
+
+    def call() -> Any:
+        outputs = gmkernels.reparameterize_kl(*inputs, seed=1)
+        return outputs, torch.autograd.grad(outputs, inputs, (dz, dkl))
+
+    call()
+    return call
+
+
+def test_training_takes_no_tensor_beyond_its_results() -> None:
+    peak = probes.peak_memory(make_training_call, "cpu", reuse=True)
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("/proc/self/clear_refs cannot be written here")
+    assert peak is not None
+    assert (12 << 20) - (64 << 10) <= peak < (12 << 20) + (512 << 10)
 
 
 def test_plain_pytorch_stands_in_for_our_ops() -> None:

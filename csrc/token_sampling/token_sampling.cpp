@@ -35,8 +35,10 @@ static Tensor next_token(const Tensor& logits, const Tensor& key, const Tensor& 
   GM_CHECK(!layout.is_cuda, layout.op, ": has no CUDA C++ kernel; use backend='triton'");
   GM_CHECK(logits.dim() == 2 && layout.columns <= (int64_t)1 << 20, layout.op,
            ": logits must have shape [B, V] with V at most 2^20, got ", shape_text(logits));
-  GM_CHECK(temperature >= 0.0 && top_k >= 0 && share >= 0 && share <= (int64_t)1 << 30, layout.op,
-           ": temperature and top_k must be >= 0, share must lie in [0, 2^30]");
+  GM_CHECK(temperature == 0.0 || (temperature >= 1e-6 && temperature <= 1e6), layout.op,
+           ": temperature must be 0 or lie in [1e-6, 1e6], got ", temperature);
+  GM_CHECK(top_k >= 0 && share >= 0 && share <= (int64_t)1 << 30, layout.op,
+           ": top_k must be >= 0, share must lie in [0, 2^30]");
   SamplingArgs a{};
   a.logits = operand(layout, "logits", logits);
   a.columns = layout.columns;
