@@ -1,5 +1,4 @@
 #include "activation/activation.h"
-
 #include "common/block.h"
 
 namespace gm {
