@@ -62,8 +62,8 @@ __global__ void __launch_bounds__(kStatisticsThreads) attention_statistics_kerne
 
 // Products s and dp to probabilities and gradients, of columns from `start` on: row(r) is what row
 // r of a fragment sees, statistics(r, n) of rows or columns those of products (r, n).
-template <int M, int N, class See, class Statistics>
-static __device__ __forceinline__ void score_gradients(const Scores& score, float (&s)[M][N][4],
+template <int M, int N, class T, class See, class Statistics>
+static __device__ __forceinline__ void score_gradients(const Scores<T>& score, float (&s)[M][N][4],
                                                        float (&dp)[M][N][4], See see,
                                                        Statistics statistics) {
 #pragma unroll
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(P::kThreads, 2) attention_dq_kernel(
     const __grid_constant__ AttentionCudaArgs a) {
   constexpr int M = P::M, N = P::N, kWidth = P::kWidth;
   const P plan;
-  const Scores score(a);
+  const Scores<T> score(a);
   const int queries = (int)a.queries, keys = (int)a.keys, width = (int)a.width;
   const int tiles = (queries + P::kRows - 1) / P::kRows;
   const int64_t pair = blockIdx.x / tiles, b = pair / a.heads, h = pair % a.heads;
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(P::kThreads, 2) attention_dkdv_kernel(
     const __grid_constant__ AttentionCudaArgs a) {
   constexpr int M = P::M, N = P::N, kWidth = P::kWidth;
   const P plan;
-  const Scores score(a);
+  const Scores<T> score(a);
   const int queries = (int)a.queries, keys = (int)a.keys, width = (int)a.width;
   const int tiles = (keys + P::kRows - 1) / P::kRows;
   const int64_t pair = blockIdx.x / tiles, b = pair / a.kv_heads, kv_head = pair % a.kv_heads;

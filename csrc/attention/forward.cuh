@@ -42,20 +42,21 @@ using ForwardPlan = Plan<T, kWidth, sizeof(T) == 4 && kWidth == 256 ? 2 : 4,
                          sizeof(T) == 2 ? (kWidth == 64 ? 64 : 32) : (kWidth == 256 ? 8 : 16), 1>;
 
 // Online softmax of a row (Milakov and Gimelshein 2018), of which each lane holds some columns.
+template <class T>
 struct Softmax {
   float top = -kInfinity;  // of the products
   float total = 0.0f;      // of this lane's powers
 
   // Products s[n][2 r], s[n][2 r + 1] become powers. Returns what earlier sums shrink by.
   template <int N>
-  __device__ __forceinline__ float update(const Scores& score, float (&s)[N][4], int r) {
+  __device__ __forceinline__ float update(const Scores<T>& score, float (&s)[N][4], int r) {
     float larger = top;
 #pragma unroll
     for (int n = 0; n < N; ++n) larger = fmaxf(larger, fmaxf(s[n][2 * r], s[n][2 * r + 1]));
     larger = fmaxf(larger, __shfl_xor_sync(0xffffffffu, larger, 1));
     larger = fmaxf(larger, __shfl_xor_sync(0xffffffffu, larger, 2));
     const float base = base_of(score, larger);
-    const float shrink = exp2_fast(top * score.factor - base);
+    const float shrink = exp2_for<T>(top * score.factor - base);
     float sum = 0.0f;
 #pragma unroll
     for (int n = 0; n < N; ++n) {
@@ -68,7 +69,7 @@ struct Softmax {
   }
 
   // lse in nats and 1 / total; 0 for a row that has seen nothing.
-  __device__ __forceinline__ void finish(const Scores& score, float& lse, float& inverse) {
+  __device__ __forceinline__ void finish(const Scores<T>& score, float& lse, float& inverse) {
     total += __shfl_xor_sync(0xffffffffu, total, 1);
     total += __shfl_xor_sync(0xffffffffu, total, 2);
     lse = total == 0.0f ? -kInfinity : __fmaf_rn(base_of(score, top), kLn2, log(total));
@@ -76,7 +77,7 @@ struct Softmax {
   }
 
  private:
-  static __device__ __forceinline__ float base_of(const Scores& score, float top) {
+  static __device__ __forceinline__ float base_of(const Scores<T>& score, float top) {
     return top == -kInfinity ? 0.0f : top * score.factor;
   }
 };
@@ -89,7 +90,7 @@ __global__ void __launch_bounds__(P::kThreads, 2) attention_forward_kernel(
     const __grid_constant__ AttentionCudaArgs a) {
   constexpr int M = P::M, N = P::N, kWidth = P::kWidth;
   const P plan;
-  const Scores score(a);
+  const Scores<T> score(a);
   const int queries = (int)a.queries, keys = (int)a.keys, width = (int)a.width;
   const int tiles = (queries + P::kRows - 1) / P::kRows;
   const int64_t pair = blockIdx.x / tiles, b = pair / a.heads, h = pair % a.heads;
@@ -106,7 +107,7 @@ __global__ void __launch_bounds__(P::kThreads, 2) attention_forward_kernel(
                                            tile);
 
   float o[M][kWidth / 8][4] = {};
-  Softmax softmax[M][2];
+  Softmax<T> softmax[M][2];
   const auto copy = [&](int n, int stage) {
     const int j = begin + n * P::kColumns;
     copy_tile<kWidth, P::kColumns, P::kThreads>(plan.first(stage), k, j);
