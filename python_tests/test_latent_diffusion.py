@@ -16,6 +16,8 @@ from gmkernels.models.likelihood import Bernoulli, Categorical, Gaussian
 from gmkernels.models.nets import MLP
 from gmkernels.models.text import DIGITS
 from gmkernels.models.vae import VAE
+from gmkernels.models.vq_latents import VQLatents
+from gmkernels.models.vqvae import image_vqvae
 
 X, Z, B, C = 6, 3, 5, 2.5  # C: how much wider the latents are than the schedule's unit
 
@@ -285,3 +287,38 @@ def test_refusals():
         image_latent_diffusion(63, 17)
     with pytest.raises(ValueError, match="the side must be a multiple of 2, got 9"):
         image_latent_diffusion(81, 17)
+
+
+def vq_model():
+    torch.manual_seed(0)
+    vqvae = image_vqvae(16, 5, codes=7, code_width=2, width=4)
+    vqvae.codebook.assign(gmkernels.normal((7, 2), seed=3), 1.0)
+    schedule = Schedule.linear(10)
+    net = nn.Sequential(nn.Flatten(1), nn.Linear(8, 8), nn.Unflatten(1, (2, 2, 2)))
+    diffusion = Diffusion(lambda x, t: net(x), schedule, (2, 2, 2))
+    diffusion.add_module("denoiser", net)
+    return LatentDiffusion(VQLatents(vqvae), diffusion), vqvae
+
+
+def test_latents_of_a_vqvae():
+    model, vqvae = vq_model()
+    x = torch.randint(5, (9, 16), generator=torch.Generator().manual_seed(1))
+    z = vqvae.eval().vectors(x)
+    model.measure_scale(x)
+    u = model.encode(x, seed=1)
+    assert torch.equal(u, model.encode(x))
+    assert torch.equal(u, model.scale * z)
+    assert u.std(correction=0).item() == pytest.approx(1, abs=1e-5)
+    assert torch.equal(model.decode(u), vqvae.reconstruct(x)), "decoding begins with nearest codes"
+    codes = vqvae.codebook.codes.clone()
+    model.train().loss(x, seed=2).backward()
+    assert torch.equal(vqvae.codebook.codes, codes)
+    assert all(p.grad is None for p in vqvae.parameters())
+    assert all(p.grad.abs().sum() > 0 for p in model.diffusion.denoiser.parameters())
+    samples = model.sample(5, seed=4, steps=3)
+    assert samples.shape == (5, 16)
+    assert set(samples.flatten().tolist()) <= set(range(5))
+    assert torch.equal(model.sample(2, seed=4, steps=3, offset=3), samples[3:])
+    assert model.log_prob_kind == "none"
+    with pytest.raises(NotImplementedError, match="TokenPrior"):
+        model.log_prob(x, seed=5)

@@ -10,7 +10,8 @@ model is p(u). Its loss is the diffusion's own on u, with z ~ q(z|x) and the VAE
     log p(x) >= E_q [log p(x|z) - bound(scale z)] + H(q(z|x)) + D log scale,
     H(q(z|x)) = sum_j (1 + log 2 pi + log sigma_j^2) / 2.
 It is tight where q(z|x) and the reverse process are the true posteriors. The prior that trained the
-VAE does not enter: what it misses of the latents' distribution, the diffusion model learns.
+VAE does not enter: what it misses of the latents' distribution, the diffusion model learns. With a
+VQ-VAE (models/vq_latents.py) z is a function of x, and there is no bound.
 """
 
 import math
@@ -24,6 +25,7 @@ from gmkernels import noise
 from gmkernels.models.diffusion import Diffusion
 from gmkernels.models.text import Captions, TextEncoder
 from gmkernels.models.vae import VAE
+from gmkernels.models.vq_latents import VQLatents
 from gmkernels.ops.gaussian import reparameterize_kl
 
 Text = str | Sequence[str]
@@ -33,7 +35,8 @@ class LatentDiffusion(nn.Module):
     """A diffusion model of a trained VAE's latents, conditional on a text, a label, or nothing.
 
     Args:
-        vae: trained before; always in eval mode here and never given a gradient.
+        vae: trained before, or VQLatents of a VQ-VAE that was; always in eval mode here and never
+            given a gradient.
         diffusion: of floats of the shape vae.latent, [D] or [C, H, W].
         text: makes the network's context of texts; trained with the diffusion model.
         captions: with text: what a label is called. Without text a label goes to the network.
@@ -45,11 +48,9 @@ class LatentDiffusion(nn.Module):
     `scale`, what needs it raises RuntimeError; a condition that the model cannot take, ValueError.
     """
 
-    log_prob_kind = "lower bound"
-
     def __init__(
         self,
-        vae: VAE,
+        vae: VAE | VQLatents,
         diffusion: Diffusion,
         *,
         text: TextEncoder | None = None,
@@ -66,6 +67,11 @@ class LatentDiffusion(nn.Module):
         self.vae, self.diffusion, self.text, self.captions = vae.eval(), diffusion, text, captions
         self.scale: Tensor
         self.register_buffer("scale", torch.full((), math.nan))
+
+    @property
+    def log_prob_kind(self) -> str:
+        """ "lower bound", or "none" of a VQ-VAE's latents."""
+        return self.vae.log_prob_kind
 
     @property
     def takes(self) -> str:
@@ -145,10 +151,16 @@ class LatentDiffusion(nn.Module):
         """A lower bound of log p(x), [B] nats, with one draw of z: the one of the module's header.
 
         options: variance, as in Diffusion.vlb(), and conditions of the network.
+        Raises NotImplementedError: latents of a VQ-VAE.
         """
         scale = self._known_scale("log_prob")
         key = noise.resolve_key("log_prob", seed, 0, None, x.device)
         z, logvar = self._draw(x, noise.fold_in(key, 0))
+        if logvar is None:
+            raise NotImplementedError(
+                "log_prob: a VQ-VAE's latents are a function of x, without a q(z|x) that a bound "
+                "needs; take a VAE, or TokenPrior over the codes"
+            )
         nll = self.vae.likelihood.nll(x, self.vae.decode(z))
         entropy = 0.5 * (1 + math.log(2 * math.pi) + logvar).flatten(1).sum(1)
         options |= self._conditions(len(x), label, text)
@@ -183,9 +195,11 @@ class LatentDiffusion(nn.Module):
         u = self.diffusion.sample(n, seed=noise.fold_in(key, 0), **options)
         return self.decode(u, seed=noise.fold_in(key, 1))
 
-    def _draw(self, x: Tensor, seed: noise.Seed) -> tuple[Tensor, Tensor]:
-        """z ~ q(z|x) and the log-variance of q(z|x)."""
+    def _draw(self, x: Tensor, seed: noise.Seed) -> tuple[Tensor, Tensor | None]:
+        """z ~ q(z|x) and the log-variance of q(z|x), None where z is a function of x."""
         mean, logvar = self.vae.encode(x)
+        if logvar is None:
+            return mean, None
         return reparameterize_kl(mean, logvar, seed=seed)[0], logvar
 
     def _known_scale(self, verb: str) -> Tensor:

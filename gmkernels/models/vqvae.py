@@ -54,15 +54,19 @@ class VQVAE(nn.Module):
         """The x that the likelihood takes: "levels" (integers) or "unit" (floats in [0, 1])."""
         return self.likelihood.takes
 
-    def quantize(self, x: Tensor, *, seed: noise.Seed = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes [B, D, *grid], indices [B, *grid], and the codebook's loss."""
+    def vectors(self, x: Tensor) -> Tensor:
+        """What the encoder gives, z [B, D, *grid]: each vector takes its nearest code's place."""
         z = self.encoder(self.likelihood.features(x).to(self.codebook.codes.dtype))
         if z.shape[2:] != self.grid:
             raise ValueError(
                 f"VQVAE: the encoder must give [B, D, *grid] with grid {self.grid}, "
                 f"got {tuple(z.shape)}"
             )
-        q, indices, loss = self.codebook(z.movedim(1, -1), seed=seed)
+        return z
+
+    def quantize(self, x: Tensor, *, seed: noise.Seed = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes [B, D, *grid], indices [B, *grid], and the codebook's loss."""
+        q, indices, loss = self.codebook(self.vectors(x).movedim(1, -1), seed=seed)
         return q.movedim(-1, 1), indices, loss
 
     def loss(self, x: Tensor, *, seed: noise.Seed = None) -> Tensor:
