@@ -156,7 +156,6 @@ MODEL_STEPS = (
         "two moons, 6 couplings by networks of 64, 8 bins, batch of 1024",
         _nsf,
         _moons,
-        headline=True,
         libraries=("nflows", "zuko"),
         unlike=("zuko",),
     ),

@@ -26,7 +26,7 @@ class Plan:
     """What one process measures.
 
     Attributes:
-        rows: (op, benchmark) names; loops, models: what follows them.
+        models: what is measured first; rows: (op, benchmark) names; loops: what follows them.
         beside: True for the second regime, which times eager and ours, and torch.compile unless
             quick.
         quick: fewer samples, memory of eager and ours alone, ours in torch.compile left out.
@@ -73,14 +73,14 @@ def run(plan: Plan, connection: Any) -> None:
         send("note", "reuse_memory() has no effect here: this is the default regime")
     forced = dispatch.use_isa(plan.isa) if plan.isa else contextlib.nullcontext()
     with forced:
+        for step in plan.models:
+            measure(plan, f"{step.name} {step.kind}", model(plan, step), send)
         for op_name, benchmark_name in plan.rows:
             op = registry.row(op_name)
             benchmark = next(b for b in op.benchmarks if b.name == benchmark_name)
             measure(plan, f"{op_name}, {benchmark_name}", row(plan, op, benchmark), send)
         for one in plan.loops:
             measure(plan, f"{one.name}, {one.case.name}", loop(plan, one), send)
-        for step in plan.models:
-            measure(plan, f"{step.name} {step.kind}", model(plan, step), send)
     send("end", None)
 
 
