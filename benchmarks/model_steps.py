@@ -31,7 +31,7 @@ class ModelStep:
     """One model's training step, or a sample: how to build the model, and a batch for it.
 
     samples: what sample() is given, where that is timed; it is not compiled, its loop being 50
-    networks long. headline: whether `make bench` has it, one a paradigm. libraries: sides in plain
+    networks long. headline: whether `make bench` has it. libraries: sides in plain
     PyTorch but for ops with a peer of that name, which it is, eager and compiled; one that is not
     installed says so in place of its time. unlike: those of them whose ops are other functions of
     the same numbers, so that their losses are not ours. peers: other libraries that draw the same;
@@ -78,13 +78,12 @@ def _characters(n: int, context: int) -> Tensor:
     return torch.randint(65, (n, context + 1), generator=torch.Generator().manual_seed(SEED))
 
 
-def _learning(n: int, context: int, headline: bool = False) -> "ModelStep":
+def _learning(n: int, context: int) -> "ModelStep":
     return ModelStep(
         "GPT",
         f"4 layers of 128, {n} x {context} tokens",
         functools.partial(_gpt, context),
         functools.partial(_characters, n, context),
-        headline=headline,
         libraries=("SDPA",),
     )
 
@@ -137,7 +136,7 @@ def _writing(n: int) -> ModelStep:
 
 MODEL_STEPS = (
     ModelStep("VAE", "digits, batch of 100", vae.digits_vae, _digits, headline=True),
-    ModelStep("diffusion U-Net", "digits, batch of 100", _digits_diffusion, _digits, headline=True),
+    ModelStep("diffusion U-Net", "digits, batch of 100", _digits_diffusion, _digits),
     ModelStep("MADE", "digits, batch of 100", lambda: autoregressive.MADE(64, 17), _digits),
     ModelStep(
         "diffusion U-Net",
@@ -146,7 +145,7 @@ MODEL_STEPS = (
         _digits,
         {"n": 64, "steps": 50},
     ),
-    _learning(12, 64, headline=True),
+    _learning(12, 64),
     _learning(4, 256),
     _learning(1, 1024),
     _writing(1),
