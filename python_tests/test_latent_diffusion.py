@@ -292,7 +292,6 @@ def test_refusals():
 def vq_model():
     torch.manual_seed(0)
     vqvae = image_vqvae(16, 5, codes=7, code_width=2, width=4)
-    vqvae.codebook.assign(gmkernels.normal((7, 2), seed=3), 1.0)
     schedule = Schedule.linear(10)
     net = nn.Sequential(nn.Flatten(1), nn.Linear(8, 8), nn.Unflatten(1, (2, 2, 2)))
     diffusion = Diffusion(lambda x, t: net(x), schedule, (2, 2, 2))
@@ -304,6 +303,8 @@ def test_latents_of_a_vqvae():
     model, vqvae = vq_model()
     x = torch.randint(5, (9, 16), generator=torch.Generator().manual_seed(1))
     z = vqvae.eval().vectors(x)
+    vqvae.codebook.assign(z.movedim(1, -1).flatten(0, -2)[::5][:7].detach(), 1.0)
+    assert len(vqvae.encode(x).unique()) == 7
     model.measure_scale(x)
     u = model.encode(x, seed=1)
     assert torch.equal(u, model.encode(x))
