@@ -153,6 +153,7 @@ OPS = {
     "causal_attention": lambda: Attention(gmkernels.causal_attention),
     "actnorm": lambda: Parameters(lambda h, a, b: gmkernels.actnorm(h, a, b)[0], (8,), (8,)),
     "leaky": lambda: Parameters(lambda h: gmkernels.leaky(h, slope=0.2)[0]),
+    "gelu": lambda: Parameters(lambda h: gmkernels.gelu(h)),
     "affine_coupling": lambda: Parameters(
         lambda h, w: gmkernels.affine_coupling(h, SPLIT.parts(h)[0] @ w, split=SPLIT)[0], (4, 8)
     ),
