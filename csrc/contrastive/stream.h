@@ -4,6 +4,8 @@
 //     dQ += scale W K,  dK += scale W^T Q
 #pragma once
 
+#include <initializer_list>
+
 #include "common/online.h"
 #include "common/pack.h"
 #include "contrastive/contrastive.h"

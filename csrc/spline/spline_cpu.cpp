@@ -1,3 +1,4 @@
+#include <initializer_list>
 #include <type_traits>
 
 #include "common/slot_blocks.h"
