@@ -5,6 +5,7 @@ left out: subroutines behind the last EXIT, and the blocks that call them (roots
 divisions of large integers).
 """
 
+import functools
 import re
 import shutil
 import subprocess
@@ -50,11 +51,12 @@ class Kernel:
         """Registers stored to local memory and loaded back: instructions that do so."""
         return self.amd_spills or sum(i.is_a("STL", "LDL", "scratch_") for i in self.code)
 
-    @property
+    @functools.cached_property
     def loops(self) -> bool:
         """Whether the hot body is a loop."""
-        return len(self.hot()) < len(_flat(_Flow(self.code).blocks))
+        return len(self.hot) < len(_flat(_Flow(self.code).blocks))
 
+    @functools.cached_property
     def hot(self) -> tuple[Instruction, ...]:
         """The innermost loop that does most, or the whole kernel, without slow paths."""
         flow = _Flow(self.code)
@@ -65,7 +67,7 @@ class Kernel:
 
     def widths(self, kind: str) -> tuple[int, ...]:
         """Bits of each global access of the hot body; kind is "load" or "store"."""
-        return tuple(w for i in self.hot() if (w := _width(i.opcode, kind)))
+        return tuple(w for i in self.hot if (w := _width(i.opcode, kind)))
 
 
 Block = tuple[Instruction, ...]

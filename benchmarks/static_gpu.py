@@ -1,12 +1,13 @@
 """What the GPU kernels cost, found without a GPU: `python -m benchmarks.static_gpu`.
 
-Each Triton kernel of each row is compiled ahead of time for NVIDIA sm_80, sm_90 and sm_100 and for
-AMD gfx942; each csrc/*/*_cuda.cu for sm_80, sm_90a and sm_100a where nvcc is on PATH. The report
-gives registers, shared memory and spills; on sm_90 and gfx942, and wherever a stack is used, also
-the width of loads and stores, and instructions an element: the innermost loop body (the whole
-kernel if there is none) over the elements that a thread makes in it. With the bytes an element
-these bound the speed on an H100: it copies 3.0 TB/s and issues the instructions of 132 x 4 warps a
-cycle at 1.755 GHz, whichever is slower.
+Each Triton kernel of each row is compiled ahead of time for NVIDIA sm_90 and AMD gfx942 as often
+as the row's calls specialise it, for sm_80 and sm_100 once per set of dtypes; each csrc/*/*_cuda.cu
+for sm_80, sm_90a and sm_100a where nvcc is on PATH. The report gives registers, shared memory and
+spills; on sm_90 and gfx942, and wherever a stack is used, also the width of loads and stores, and
+instructions an element: the innermost loop body (the whole kernel if there is none) over the
+elements that a thread makes in it. With the bytes an element these bound the speed on an H100: it
+copies 3.0 TB/s and issues the instructions of 132 x 4 warps a cycle at 1.755 GHz, whichever is
+slower.
 
 Exits with 1 if a kernel spills registers or a row's forward needs more instructions an element on
 sm_90 than the row allows. Writes build/static_gpu.csv.
@@ -40,6 +41,7 @@ TARGETS: tuple[Target, ...] = (
     ("cuda", 100, 32),
     ("hip", "gfx942", 64),
 )
+EVERY_LAUNCH = (TARGETS[1], TARGETS[3])  # on the others, each kernel once per set of dtypes
 COPY_RATE = 3.0e12  # bytes a second of an H100
 ISSUE_RATE = 132 * 4 * 32 * 1.755e9  # instructions a second of its lanes
 
@@ -76,7 +78,7 @@ class Line:
 
 
 def report_triton(op: Op, benchmark: Benchmark, seen: set[str]) -> Iterator[Line]:
-    """A line for each kernel of the call that was not seen before, on each target."""
+    """A line for each launch of the call that was not seen before, on each target it is due on."""
     forward, backward = static_triton.record(op, benchmark)
     dtype = str(benchmark.dtype).removeprefix("torch.")
     ceiling = op.instructions.get(dtype) if benchmark.case == op.benchmarks[0].case else None
@@ -85,8 +87,9 @@ def report_triton(op: Op, benchmark: Benchmark, seen: set[str]) -> Iterator[Line
             identity = static_triton.identity(launch)
             if identity in seen:
                 continue
-            seen.add(identity)
-            for target in TARGETS:
+            due = EVERY_LAUNCH if static_triton.dtypes(launch) in seen else TARGETS
+            seen |= {identity, static_triton.dtypes(launch)}
+            for target in due:
                 kernel = static_triton.compile_launch(launch, target, code=target[1] == 90)
                 line = Line(
                     op.name,
@@ -107,7 +110,7 @@ def per_element(launch: Any, kernel: static_asm.Kernel, target: Target) -> float
     if not kernel.code:
         return None
     elements = static_triton.elements_a_trip(launch, kernel, target[2])
-    return round(len(kernel.hot()) / elements, 1)
+    return round(len(kernel.hot) / elements, 1)
 
 
 def report_family(names: list[str]) -> list[Line]:
@@ -143,7 +146,7 @@ def usage(kernel: static_asm.Kernel) -> dict[str, Any]:
         "spills": kernel.spills,
         "load_bits": widths(kernel, "load"),
         "store_bits": widths(kernel, "store"),
-        "instructions": len(kernel.hot()) if kernel.code else None,
+        "instructions": len(kernel.hot) if kernel.code else None,
     }
 
 

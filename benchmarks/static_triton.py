@@ -116,6 +116,12 @@ def identity(launch: Any) -> str:
     return repr((launch.kernel.fn, signature(launch), launch.num_warps))
 
 
+def dtypes(launch: Any) -> str:
+    """Equal for launches of a kernel on tensors of the same dtypes."""
+    found = [a.dtype for a in launch.args if isinstance(a, torch.Tensor)]
+    return repr((launch.kernel.fn, found))
+
+
 def compile_launch(launch: Any, target: Target, code: bool) -> static_asm.Kernel:
     """A recorded launch, compiled; `code` as of read_cubin. Not under TRITON_INTERPRET=1."""
     import triton

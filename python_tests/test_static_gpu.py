@@ -56,14 +56,14 @@ tiny:
 def test_sass_is_read() -> None:
     (kernel,) = static_asm.parse_sass(SASS, USAGE)
     assert (kernel.name, kernel.registers, kernel.shared) == ("tiny", 28, 1024)
-    assert [i.opcode for i in kernel.hot()] == ["LDG.E.128", "FADD", "STG.E.64", "BRA"]
+    assert [i.opcode for i in kernel.hot] == ["LDG.E.128", "FADD", "STG.E.64", "BRA"]
     assert (kernel.widths("load"), kernel.widths("store")) == ((128,), (64,))
     assert kernel.loops
     assert kernel.spills == 1
     straight = SASS.replace("@P0 BRA 0x60", "NOP")
     (kernel,) = static_asm.parse_sass(straight, USAGE)
     assert not kernel.loops
-    assert len(kernel.hot()) == 8  # neither the slow path, nor what is behind EXIT, nor NOP
+    assert len(kernel.hot) == 8  # neither the slow path, nor what is behind EXIT, nor NOP
 
 
 def test_code_is_read_where_a_stack_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,8 +93,8 @@ def test_amd_assembly_is_read() -> None:
     kernel = static_asm.parse_amdgcn(AMD)
     assert (kernel.name, kernel.registers, kernel.spills) == ("tiny", 17, 3)
     # One loop of four blocks: the jump to its head from the middle is not a loop of its own.
-    assert [i.opcode for i in kernel.hot()][-2:] == ["v_mov_b32_e32", "s_branch"]
-    assert len(kernel.hot()) == 8
+    assert [i.opcode for i in kernel.hot][-2:] == ["v_mov_b32_e32", "s_branch"]
+    assert len(kernel.hot) == 8
     assert (kernel.widths("load"), kernel.widths("store")) == ((128,), (16,))
 
 
