@@ -247,6 +247,17 @@ def test_sampling_waits_for_nothing(sampler, name, watch):
     assert set(watched.launches) == {1}
 
 
+def test_sampling_by_name_copies_nothing_but_the_first_time(watch, monkeypatch):
+    model, told = models()["unet"]
+    path, key = model.sampler("ddim", 3).to("meta"), meta((2,), torch.int64)
+    model, told = model.to("meta"), {**told, "label": 1}
+    made = iter([path])
+    monkeypatch.setattr(model, "sampler", lambda *args: next(made))  # a host has to make it
+    for _ in range(2):
+        watched = watch(lambda: model.sample(3, steps=3, sampler="ddim", seed=key, **told))
+        assert watched.ours.count("sampler_step_forward") == 3
+
+
 @pytest.mark.parametrize("name", ["ddpm", "ddim"])
 def test_classifier_guidance_waits_for_nothing(name, watch):
     path = getattr(Sampler, name)(Schedule.linear(), 3).to("meta")

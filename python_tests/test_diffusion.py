@@ -1,5 +1,6 @@
 """Diffusion models: exact oracles, laws of their samplers and conditions, training."""
 
+import copy
 import functools
 import math
 
@@ -197,6 +198,46 @@ def test_edm_steps_fold_its_preconditioning():
     assert model.sample(4, steps=6, seed=0).isfinite().all()
     with pytest.raises(ValueError, match="needs a variance_exploding schedule, got flow"):
         EDM(MLP(2), Schedule.flow_matching(), (2,))
+
+
+def test_the_table_of_a_sampler_is_made_once(monkeypatch):
+    made, make = [], gmkernels.Sampler.__init__
+
+    def counted(self, *args, **kwargs) -> None:
+        made.append(self)
+        make(self, *args, **kwargs)
+
+    monkeypatch.setattr(gmkernels.Sampler, "__init__", counted)
+    model = Diffusion(lambda x, t: x / 2, Schedule.cosine(20), (3,))
+
+    def draw(steps: int = 4, of: Diffusion = model, **options) -> Tensor:
+        return of.sample(2, steps=steps, seed=1, **options)
+
+    with torch.inference_mode():
+        first = draw()
+    assert not made[0].table.is_inference()
+    for other in (model, model.to(torch.bfloat16), copy.deepcopy(model)):
+        assert torch.equal(draw(of=other), first)
+    assert len(made) == 1
+    # Whatever the table depends on has one of its own.
+    assert not torch.equal(draw(sampler="ddpm"), first)
+    assert not torch.equal(draw(steps=5), first)
+    model.prediction_type = "sample"
+    assert not torch.equal(draw(), first)
+    model.schedule, model.prediction_type = Schedule.linear(20), "epsilon"
+    assert not torch.equal(draw(), first)
+    assert len(made) == 5
+    with pytest.raises(NotImplementedError, match="meta"):  # where no table can be made
+        draw(of=copy.deepcopy(model).to("meta"))
+    for steps in range(1, 21):
+        draw(steps=steps)
+    assert len(model._paths) == 8
+    before = len(made)
+    draw(steps=13)  # it becomes the last to go
+    draw(steps=1)
+    draw(steps=13)
+    assert len(made) == before + 1
+    assert not model.state_dict()
 
 
 @pytest.mark.parametrize("make", [image_diffusion, image_flow_matching])
