@@ -73,6 +73,54 @@ def test_bound_of_gaussian_data_is_its_entropy(steps, s2, entropy, kind, monkeyp
         assert model.vlb(x0, seed=0, variance=worse).nats.mean() > total + 1e-6
 
 
+PATHS = {
+    "ddpm, small": ("ddpm", {"variance": "fixed_small"}),
+    "ddpm, large": ("ddpm", {"variance": "fixed_large"}),
+    "ddim": ("ddim", {"eta": 0.0}),
+    "ddim, noised": ("ddim", {"eta": 1.0}),
+    "flow": ("flow_euler", {}),
+}
+
+
+def sampled_variance(kind: str, schedule: Schedule, s2: float) -> float:
+    """Of samples by the optimal network for N(0, s2 I): a step takes N(0, v) to N(0, f^2 v + n)."""
+    v, levels = 1.0, [(1.0, 0.0), *schedule.levels64[:, :2].tolist()]
+    for i in reversed(range(1, len(levels))):
+        (a, s), (a1, s1) = levels[i], levels[i - 1]
+        x0, eps = a * s2 / (a * a * s2 + s * s), s / (a * a * s2 + s * s)
+        beta = 1 - (a / a1) ** 2 if kind != "flow" else 0.0
+        n = s1 * s1 / (s * s) * beta  # Ho et al. 2020, eq. 7; Song et al. 2021, eq. 16
+        if kind.startswith("ddpm"):
+            f = a1 * beta / (s * s) * x0 + a / a1 * s1 * s1 / (s * s)
+            n = beta if kind == "ddpm, large" and i > 1 else n
+        elif kind == "flow":
+            f, n = 1 + (s1 - s) * (eps - x0), 0.0
+        else:
+            n = n if kind == "ddim, noised" else 0.0
+            f = a1 * x0 + math.sqrt(s1 * s1 - n) * eps
+        v = f * f * v + n
+    return v
+
+
+@pytest.mark.parametrize("steps", [10, 100, 1000])
+@pytest.mark.parametrize("s2", [0.25, 1.0, 4.0])
+@pytest.mark.parametrize("kind", PATHS)
+def test_sampled_variance_is_that_of_the_closed_form(kind, s2, steps):
+    name, options = PATHS[kind]
+    if kind == "flow":
+        schedule, prediction = Schedule.flow_matching(steps), "flow_prediction"
+    else:
+        schedule = Schedule.linear(steps, 0.1 / steps, min(20 / steps, 0.999))
+        prediction = "epsilon"
+    net = gaussian_net(schedule, s2, prediction)
+    model = Diffusion(net, schedule, (100,), prediction_type=prediction)
+    spacing = "trailing" if kind == "flow" else "leading"
+    x = model.sample(200, sampler=model.sampler(name, steps, spacing=spacing, **options), seed=7)
+    # Four standard deviations of the variance of 20,000 numbers.
+    expected = sampled_variance(kind, schedule, s2)
+    assert x.square().mean().item() == pytest.approx(expected, rel=4 * math.sqrt(2 / x.numel()))
+
+
 def test_loss_of_the_optimal_network():
     """E |eps - eps_hat|^2 = a^2 s2 / (a^2 s2 + s^2), a mean over the times."""
     schedule, s2 = Schedule.linear(50), 2.0
