@@ -176,7 +176,8 @@ class Sampler(nn.Module):
     ) -> "Sampler":
         """DDIM; eta in [0, 1] scales its noise. rederive_epsilon: eps follows from the clamped x0
         (diffusers' use_clipped_model_output), else from the prediction. last: the level that the
-        path ends at, (1, 0) unless given.
+        path ends at, (1, 0) unless given. Each step ends where the next begins; with linspace
+        diffusers' goes T // S times back instead.
         """
         _check_eta("ddim", eta)
         path = Path("ddim", schedule, steps, spacing, prediction_type, sigma_data, last)

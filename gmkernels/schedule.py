@@ -274,7 +274,8 @@ class Schedule(nn.Module):
             return self._weigh(table.dtype, *named)
         key = (wide, *named)
         if key not in self._weighted:
-            self._weighted[key] = self._weigh(table.dtype, *named)
+            with torch.inference_mode(False):  # it may be used outside of it later
+                self._weighted[key] = self._weigh(table.dtype, *named)
         return self._weighted[key]
 
     def _weigh(

@@ -1,5 +1,6 @@
 """Diffusion models: exact oracles, laws of their samplers and conditions, training."""
 
+import copy
 import functools
 import math
 
@@ -70,6 +71,54 @@ def test_bound_of_gaussian_data_is_its_entropy(steps, s2, entropy, kind, monkeyp
         if s2 == 1.0 and worse == "fixed_large":
             continue  # it is the optimum there
         assert model.vlb(x0, seed=0, variance=worse).nats.mean() > total + 1e-6
+
+
+PATHS = {
+    "ddpm, small": ("ddpm", {"variance": "fixed_small"}),
+    "ddpm, large": ("ddpm", {"variance": "fixed_large"}),
+    "ddim": ("ddim", {"eta": 0.0}),
+    "ddim, noised": ("ddim", {"eta": 1.0}),
+    "flow": ("flow_euler", {}),
+}
+
+
+def sampled_variance(kind: str, schedule: Schedule, s2: float) -> float:
+    """Of samples by the optimal network for N(0, s2 I): a step takes N(0, v) to N(0, f^2 v + n)."""
+    v, levels = 1.0, [(1.0, 0.0), *schedule.levels64[:, :2].tolist()]
+    for i in reversed(range(1, len(levels))):
+        (a, s), (a1, s1) = levels[i], levels[i - 1]
+        x0, eps = a * s2 / (a * a * s2 + s * s), s / (a * a * s2 + s * s)
+        beta = 1 - (a / a1) ** 2 if kind != "flow" else 0.0
+        n = s1 * s1 / (s * s) * beta  # Ho et al. 2020, eq. 7; Song et al. 2021, eq. 16
+        if kind.startswith("ddpm"):
+            f = a1 * beta / (s * s) * x0 + a / a1 * s1 * s1 / (s * s)
+            n = beta if kind == "ddpm, large" and i > 1 else n
+        elif kind == "flow":
+            f, n = 1 + (s1 - s) * (eps - x0), 0.0
+        else:
+            n = n if kind == "ddim, noised" else 0.0
+            f = a1 * x0 + math.sqrt(s1 * s1 - n) * eps
+        v = f * f * v + n
+    return v
+
+
+@pytest.mark.parametrize("steps", [10, 100, 1000])
+@pytest.mark.parametrize("s2", [0.25, 1.0, 4.0])
+@pytest.mark.parametrize("kind", PATHS)
+def test_sampled_variance_is_that_of_the_closed_form(kind, s2, steps):
+    name, options = PATHS[kind]
+    if kind == "flow":
+        schedule, prediction = Schedule.flow_matching(steps), "flow_prediction"
+    else:
+        schedule = Schedule.linear(steps, 0.1 / steps, min(20 / steps, 0.999))
+        prediction = "epsilon"
+    net = gaussian_net(schedule, s2, prediction)
+    model = Diffusion(net, schedule, (100,), prediction_type=prediction)
+    spacing = "trailing" if kind == "flow" else "leading"
+    x = model.sample(200, sampler=model.sampler(name, steps, spacing=spacing, **options), seed=7)
+    # Four standard deviations of the variance of 20,000 numbers.
+    expected = sampled_variance(kind, schedule, s2)
+    assert x.square().mean().item() == pytest.approx(expected, rel=4 * math.sqrt(2 / x.numel()))
 
 
 def test_loss_of_the_optimal_network():
@@ -197,6 +246,46 @@ def test_edm_steps_fold_its_preconditioning():
     assert model.sample(4, steps=6, seed=0).isfinite().all()
     with pytest.raises(ValueError, match="needs a variance_exploding schedule, got flow"):
         EDM(MLP(2), Schedule.flow_matching(), (2,))
+
+
+def test_the_table_of_a_sampler_is_made_once(monkeypatch):
+    made, make = [], gmkernels.Sampler.__init__
+
+    def counted(self, *args, **kwargs) -> None:
+        made.append(self)
+        make(self, *args, **kwargs)
+
+    monkeypatch.setattr(gmkernels.Sampler, "__init__", counted)
+    model = Diffusion(lambda x, t: x / 2, Schedule.cosine(20), (3,))
+
+    def draw(steps: int = 4, of: Diffusion = model, **options) -> Tensor:
+        return of.sample(2, steps=steps, seed=1, **options)
+
+    with torch.inference_mode():
+        first = draw()
+    assert not made[0].table.is_inference()
+    for other in (model, model.to(torch.bfloat16), copy.deepcopy(model)):
+        assert torch.equal(draw(of=other), first)
+    assert len(made) == 1
+    # Whatever the table depends on has one of its own.
+    assert not torch.equal(draw(sampler="ddpm"), first)
+    assert not torch.equal(draw(steps=5), first)
+    model.prediction_type = "sample"
+    assert not torch.equal(draw(), first)
+    model.schedule, model.prediction_type = Schedule.linear(20), "epsilon"
+    assert not torch.equal(draw(), first)
+    assert len(made) == 5
+    with pytest.raises(NotImplementedError, match="meta"):  # where no table can be made
+        draw(of=copy.deepcopy(model).to("meta"))
+    for steps in range(1, 21):
+        draw(steps=steps)
+    assert len(model._paths) == 8
+    before = len(made)
+    draw(steps=13)  # it becomes the last to go
+    draw(steps=1)
+    draw(steps=13)
+    assert len(made) == before + 1
+    assert not model.state_dict()
 
 
 @pytest.mark.parametrize("make", [image_diffusion, image_flow_matching])

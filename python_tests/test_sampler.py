@@ -120,6 +120,44 @@ def test_every_step_is_finite_or_refused(base, name, steps, kind):
     assert sample(x, sampler, lambda x, t: torch.tanh(x), **extra).isfinite().all()
 
 
+def said_otherwise(kind: str, x: Tensor, x0: Tensor, level: Tensor, sigma_data: float = 0.5):
+    """A prediction of that type by a network whose estimate of the data is x0."""
+    a, s = level.double()
+    eps, norm = (x - a * x0) / s, (s * s + (sigma_data * a) ** 2).sqrt()
+    return {
+        "epsilon": eps,
+        "v_prediction": a * eps - s * x0,
+        "flow_prediction": eps - x0,
+        "edm": (x0 - sigma_data**2 * a / norm**2 * x) * norm / (s * sigma_data),
+    }[kind]
+
+
+@pytest.mark.parametrize("limit", [{}, {"clip": 0.8}, {"dynamic_threshold": (0.9, 1.5)}])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow_prediction", "edm"])
+@pytest.mark.parametrize("name", STEPS)
+def test_prediction_types_say_the_same(name, kind, limit):
+    """One network in the words of each type: the same samples as by its estimate of the data."""
+    schedule = Schedule.flow_matching() if name == "flow_euler" else Schedule.cosine()
+    make = functools.partial(getattr(Sampler, name), schedule, 6, spacing="leading")
+    path, other = make(prediction_type="sample"), make(prediction_type=kind)
+    x = filled((3, 40), torch.float64, "cpu", 0)
+
+    def net(x: Tensor) -> Tensor:
+        return 2 * torch.tanh(3 * x) + 0.1 * x
+
+    levels = iter([other.level_of(i) for i in range(len(other))])
+    noise = [filled(x.shape, torch.float64, "cpu", 1 + i) for i in range(len(path))]
+    want = sample(x, path, lambda x, t: net(x), noise.__getitem__, **limit)
+    got = sample(
+        x,
+        other,
+        lambda x, t: said_otherwise(kind, x, net(x), next(levels)),
+        noise.__getitem__,
+        **limit,
+    )
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["ddim", "euler", "heun", "dpmpp_2m", "ddpm", "euler_ancestral"])
 @pytest.mark.parametrize("s2", [0.25, 1.0, 4.0])
 def test_variance_of_gaussian_data_in_closed_form(name, s2):

@@ -56,6 +56,10 @@ def test_known_sum_of_edm_euler():
     assert x.abs().sum().item() == pytest.approx(34.1855, abs=1e-3)
 
 
+# Of the largest element, over a full loop.
+TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+
 def net_of(dtype: torch.dtype):
     weight = torch.linspace(0.2, 0.9, 5 * 6 * 7, dtype=dtype).view(1, 5, 6, 7)
     return lambda x, t: torch.tanh(x * weight) * (0.5 + t / 2000)
@@ -79,7 +83,7 @@ def theirs_loop(theirs, net, x: Tensor, noise: list[Tensor], monkeypatch, module
     return x
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
@@ -107,17 +111,25 @@ def test_ddpm_is_that_of_diffusers(limit, kind, variance, spacing, dtype, monkey
     noise[-1].zero_()  # theirs noises the last x where its time is not 0
     want = theirs_loop(theirs, net_of(dtype), x, noise, monkeypatch, "scheduling_ddpm")
     got = sample(x, sampler, net_of(dtype), noise.__getitem__, **limit)
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-10
+    tolerance = TOLERANCES[dtype]
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * want.abs().max().item())
 
 
-def test_learned_range_is_that_of_diffusers(monkeypatch):
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("limit", [{}, {"clip": 0.8}])
+def test_learned_range_is_that_of_diffusers(limit, kind, dtype, monkeypatch):
     diffusers = pytest.importorskip("diffusers")
-    schedule, dtype, steps = Schedule.linear(), torch.float64, 6
-    theirs = diffusers.DDPMScheduler(variance_type="learned_range", clip_sample=False)
+    schedule, steps = Schedule.linear(), 6
+    theirs = diffusers.DDPMScheduler(
+        prediction_type=kind,
+        variance_type="learned_range",
+        clip_sample="clip" in limit,
+        clip_sample_range=0.8,
+    )
     theirs.set_timesteps(steps)
-    theirs.alphas_cumprod = schedule.levels64[:, 0].square()
-    sampler = Sampler.ddpm(schedule, steps, variance="learned_range")
+    theirs.alphas_cumprod = schedule.levels64[:, 0].square().to(dtype)
+    sampler = Sampler.ddpm(schedule, steps, variance="learned_range", prediction_type=kind)
     x, noise = given(dtype, steps)
     net = net_of(dtype)
 
@@ -127,12 +139,13 @@ def test_learned_range_is_that_of_diffusers(monkeypatch):
     want = theirs_loop(theirs, both, x, noise, monkeypatch, "scheduling_ddpm")
     for i, t in enumerate(sampler.times.tolist()):
         p, v = both(x, t).chunk(2, 1)
-        x = gmkernels.ddpm_step(x, p, i, sampler, variance=v, eps=noise[i])
-    torch.testing.assert_close(x, want, rtol=1e-10, atol=1e-10)
+        x = gmkernels.ddpm_step(x, p, i, sampler, variance=v, eps=noise[i], **limit)
+    tolerance = TOLERANCES[dtype]
+    torch.testing.assert_close(x, want, rtol=tolerance, atol=tolerance * want.abs().max().item())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])  # see Sampler.ddim() of linspace
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("rederive", [False, True])
@@ -165,7 +178,7 @@ def test_ddim_is_that_of_diffusers(limit, rederive, kind, eta, spacing, dtype, m
     options = {"eta": eta, "use_clipped_model_output": rederive}
     want = theirs_loop(theirs, net_of(dtype), x, noise, monkeypatch, "scheduling_ddim", **options)
     got = sample(x, sampler, net_of(dtype), noise.__getitem__, **limit)
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-10
+    tolerance = TOLERANCES[dtype]
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * want.abs().max().item())
 
 
@@ -190,16 +203,24 @@ class Wide:
         return getattr(self.module, "float64" if name == "float32" else name)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def wide_peer(name: str, monkeypatch, **config):
+    """Their scheduler in float64, float32 being left to ours, and its module."""
+    diffusers = pytest.importorskip("diffusers")
+    peer, module = PEERS[name]
+    for library, made in (("torch", torch), ("np", np)):
+        monkeypatch.setattr(f"diffusers.schedulers.{module}.{library}", Wide(made))
+    return getattr(diffusers, peer)(**config), module
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace", "karras"])
 @pytest.mark.parametrize("name", PEERS)
 def test_others_are_those_of_diffusers(name, spacing, kind, dtype, monkeypatch):
-    """Theirs run on x / alpha but for dpmpp_2m, in float32 or in what we put in its place."""
-    diffusers = pytest.importorskip("diffusers")
+    """Theirs run on x / alpha but for dpmpp_2m, in float64."""
     if name == "dpmpp_2m" and spacing == "leading":
         pytest.skip("theirs counts times otherwise there")
-    if kind == "sample" and name in ("euler", "euler_ancestral"):
+    if kind == "sample" and name == "euler_ancestral":
         pytest.skip("theirs does not know it")
     if name == "euler_ancestral" and spacing == "karras":
         pytest.skip("theirs does not know it")
@@ -208,53 +229,49 @@ def test_others_are_those_of_diffusers(name, spacing, kind, dtype, monkeypatch):
     if spacing == "karras":
         config["use_karras_sigmas"] = True
     config["timestep_spacing"] = "linspace" if spacing == "karras" else spacing
-    peer, module = PEERS[name]
-    if dtype == torch.float64:
-        monkeypatch.setattr(f"diffusers.schedulers.{module}.torch", Wide(torch))
-        monkeypatch.setattr(f"diffusers.schedulers.{module}.np", Wide(np))
-    theirs = getattr(diffusers, peer)(prediction_type=kind, **config)
+    config["prediction_type"] = "original_sample" if (name, kind) == ("euler", "sample") else kind
+    theirs, module = wide_peer(name, monkeypatch, **config)
     theirs.set_timesteps(steps)
     sampler = getattr(Sampler, name)(schedule, steps, prediction_type=kind, spacing=spacing)
-    x, noise = given(dtype, steps)
-    net = net_of(dtype)
+    x, noise = given(torch.float64, steps)
     scale = 1.0 if name == "dpmpp_2m" else math.sqrt(1 + theirs.sigmas[0].item() ** 2)
-    times = iter(theirs.timesteps.tolist())
+    times, net = iter(theirs.timesteps.tolist()), net_of(dtype)
     # Both sides see the same times: interpolated ones differ in the last digits.
-    got = sample(x, sampler, lambda x, t: net(x, next(times)), noise.__getitem__)
-    want = theirs_loop(theirs, net, x * scale, noise, monkeypatch, module)
-    rtol, atol = (1e-5, 2e-5) if dtype == torch.float32 else (1e-10, 1e-10)
-    torch.testing.assert_close(got, want, rtol=rtol, atol=atol * want.abs().max().item())
+    got = sample(
+        x.to(dtype), sampler, lambda x, t: net(x, next(times)), lambda i: noise[i].to(dtype)
+    )
+    want = theirs_loop(theirs, net_of(torch.float64), x * scale, noise, monkeypatch, module)
+    atol = TOLERANCES[dtype] * want.abs().max().item()
+    torch.testing.assert_close(got.double(), want, rtol=TOLERANCES[dtype], atol=atol)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize(
     ("name", "limit"), [("dpmpp_2m", {"dynamic_threshold": (0.9, 1.5)}), ("heun", {"clip": 0.8})]
 )
-def test_limits_are_those_of_diffusers(name, limit, kind):
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_limits_are_those_of_diffusers(dtype, name, limit, kind, monkeypatch):
     """The limits that their other samplers know: thresholding of one, clamping of the other."""
-    diffusers = pytest.importorskip("diffusers")
-    schedule, steps, dtype = Schedule.scaled_linear(), 8, torch.float32
-    peer, _ = PEERS[name]
+    schedule, steps = Schedule.scaled_linear(), 8
     config = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
     config |= {"timestep_spacing": "linspace", "prediction_type": kind}
     if name == "heun":
         config |= {"clip_sample": True, "clip_sample_range": 0.8}
     else:
         config |= {"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 1.5}
-    theirs = getattr(diffusers, peer)(**config)
+    theirs, module = wide_peer(name, monkeypatch, **config)
     theirs.set_timesteps(steps)
     sampler = getattr(Sampler, name)(schedule, steps, prediction_type=kind, spacing="linspace")
-    x, net = given(dtype, 0)[0], net_of(dtype)
+    (x, _), net = given(torch.float64, 0), net_of(dtype)
     scale = 1.0 if name == "dpmpp_2m" else math.sqrt(1 + theirs.sigmas[0].item() ** 2)
     times = iter(theirs.timesteps.tolist())
-    got = sample(x, sampler, lambda x, t: net(x, next(times)), **limit)
-    for t in theirs.timesteps:
-        p = net(theirs.scale_model_input(x * scale, t), t.item())
-        x, scale = theirs.step(p, t, x * scale).prev_sample, 1.0
-    torch.testing.assert_close(got, x, rtol=1e-5, atol=2e-5 * x.abs().max().item())
+    got = sample(x.to(dtype), sampler, lambda x, t: net(x, next(times)), **limit)
+    want = theirs_loop(theirs, net_of(torch.float64), x * scale, [], monkeypatch, module)
+    atol = TOLERANCES[dtype] * want.abs().max().item()
+    torch.testing.assert_close(got.double(), want, rtol=TOLERANCES[dtype], atol=atol)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", TOLERANCES)
 def test_flow_euler_is_that_of_diffusers(dtype, monkeypatch):
     diffusers = pytest.importorskip("diffusers")
     if dtype == torch.float64:
@@ -273,5 +290,5 @@ def test_flow_euler_is_that_of_diffusers(dtype, monkeypatch):
     for i, t in enumerate(theirs.timesteps):
         p = net(x, 1000 * sigmas[i].item())
         x = theirs.step(p, t, x).prev_sample
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-10
+    tolerance = TOLERANCES[dtype]
     torch.testing.assert_close(got, x, rtol=tolerance, atol=tolerance)

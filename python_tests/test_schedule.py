@@ -210,7 +210,9 @@ def test_moves_and_keeps_its_precision():
 
 def test_a_table_is_made_once():
     schedule, t = Schedule.linear(10), torch.tensor([3])
-    first = schedule.table(t, False, "min_snr", "v_prediction")
+    with torch.inference_mode():  # a validation before the first step of training
+        first = schedule.table(t, False, "min_snr", "v_prediction")
+    assert not first.is_inference()
     assert schedule.table(t, False, "min_snr", "v_prediction") is first
     assert schedule.table(t, False) is schedule.levels
 

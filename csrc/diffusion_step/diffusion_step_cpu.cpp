@@ -47,9 +47,11 @@ static void threshold(const DiffusionStepArgs& a, int64_t begin, int64_t end) {
     float h = __builtin_nanf("");
     if (!has_nan) {
       std::nth_element(sizes.begin(), sizes.begin() + below, sizes.end());
-      const float low = sizes[below];
+      constexpr float kLargest = 0x1.fffffep127f;  // what infinity counts as
+      const float low = std::min(sizes[below], kLargest);
       const bool last = below + 1 >= a.columns;
-      const float high = last ? low : *std::min_element(sizes.begin() + below + 1, sizes.end());
+      const float next = last ? low : *std::min_element(sizes.begin() + below + 1, sizes.end());
+      const float high = std::min(next, kLargest);
       h = low + (float)(place - (double)below) * (high - low);
       h = std::min(std::max(h, 1.0f), a.clip);
     }

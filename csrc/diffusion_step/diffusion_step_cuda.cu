@@ -1,6 +1,7 @@
 #include "common/noise.cuh"
 #include "common/rows.cuh"
 #include "diffusion_step/diffusion_step.h"
+#include "diffusion_step/threshold.cuh"
 
 namespace gm {
 namespace device {
@@ -17,9 +18,6 @@ template <class T, bool kClip, bool kDrawn>
 constexpr int kBackwardBlocks = !kClip                             ? 3
                                 : kDrawn && std::is_same_v<T, Any> ? 1
                                                                    : 2;
-
-constexpr int kSelectLog2 = 10, kSelectThreads = 1 << kSelectLog2;  // a block of threshold_kernel
-constexpr int kDigit = 11, kBins = 1 << kDigit;  // bits a pass; two bins a thread
 
 // The key of a row's noise.
 static __device__ __forceinline__ NoiseKey row_key(const DiffusionStepArgs& a, int64_t row) {
@@ -40,179 +38,85 @@ static __device__ __forceinline__ void load_or_zero(const Operand& x, const RowI
   for (int i = 0; i < N; ++i) out[i] = 0.0f;
 }
 
-// p of group g.
-template <bool kVector, class T, int N>
-static __device__ __forceinline__ void load_guided(const DiffusionStepArgs& a, const RowIn<T>& c,
-                                                   const RowIn<T>& u, int g, int count,
-                                                   float (&p)[N]) {
-  c.template load<kVector>(g, count, p);
-  if (!a.unconditional.data) return;
-  float v[N];
-  u.template load<kVector>(g, count, v);
-#pragma unroll
-  for (int i = 0; i < N; ++i) p[i] = guided(p[i], v[i], a.guidance);
-}
-
-// Runs body on the bits of |x0| of this thread's columns of a row; they are ordered as the numbers
-// are, NaN last.
-template <class T, class Body>
-static __device__ __forceinline__ void for_magnitudes(const DiffusionStepArgs& a,
-                                                      const RowGrid& grid,
-                                                      const StepCoefficients& step, int64_t row,
-                                                      Body body) {
+// x' and x0c of a chunk of a row by this thread's groups; x0 within [-h, h], over h by by_h, where
+// kClip.
+template <class T, bool kClip, Noise kNoise>
+static __device__ __forceinline__ void step_chunk(const DiffusionStepArgs& a, const RowGrid& grid,
+                                                  const StepCoefficients& step, const NoiseKey& key,
+                                                  int64_t row, int64_t chunk, int columns, int lane,
+                                                  float h, float by_h) {
   constexpr int N = kWidth<T>;
-  for (int64_t start = 0; start < grid.columns; start += kChunk) {
-    const int columns = (int)min(grid.columns - start, kChunk);
-    const RowIn<T> x(a.x, row, start), c(a.predicted, row, start), u(a.unconditional, row, start);
-    for_groups<N>(grid, threadIdx.x, columns, [&](auto vector, int g, int count) {
-      float x0[N], p[N];
-      x.template load<vector>(g, count, x0);
-      load_guided<vector>(a, c, u, g, count, p);
+  const int64_t start = chunk * kChunk;
+  const float m = a.previous.data ? step.m : 0.0f;
+  const RowIn<T> x(a.x, row, start), c(a.predicted, row, start), u(a.unconditional, row, start);
+  const RowIn<T> previous(a.previous, row, start), variance(a.variance, row, start);
+  const RowIn<T> eps(a.eps, row, start);
+  const RowOut<T> x_next(a.x_next, row, start), denoised(a.denoised, row, start);
+  for_groups<N>(grid, lane, columns, [&](auto vector, int g, int count) {
+    float y[N], p[N], other[N];
+    x.template load<vector>(g, count, y);
+    load_guided<vector>(a, c, u, g, count, p);
+    load_or_zero<vector>(a.previous, previous, g, count, other);
 #pragma unroll
-      for (int i = 0; i < N; ++i)
-        if (i < count) body((uint32_t)bits(mix(step.A, x0[i], step.B, p[i])) & 0x7fffffffu);
-    });
-  }
-}
-
-// A value's bin, the values in that bin, and how many of those come before it.
-struct Found {
-  uint32_t bin, count, rank;
-};
-
-// Where the value of a rank lies in a histogram; every thread of the block calls this together, and
-// rank is below the histogram's sum.
-static __device__ __forceinline__ Found find_rank(const uint32_t* histogram, uint32_t rank) {
-  __shared__ uint32_t warps[kSelectThreads / 32];
-  __shared__ Found found;
-  const uint32_t bin = 2 * threadIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const uint32_t first = histogram[bin], second = histogram[bin + 1];
-  uint32_t sum = first + second;
+    for (int i = 0; i < N; ++i) {
+      float x0 = mix(step.A, y[i], step.B, p[i]);
+      if constexpr (kClip) {
+        x0 = clamped(x0, h, by_h);
+        y[i] = fma(step.k, p[i], mix(step.e, y[i], step.f, x0));
+      } else {
+        y[i] = mix(step.x_direct, y[i], step.p_direct, p[i]);
+      }
+      p[i] = x0;
+      y[i] = fma(m, other[i], y[i]);
+    }
+    if (a.denoised.data) denoised.template store<vector>(g, count, p);
+    if constexpr (kNoise != Noise::none) {
+      if constexpr (kNoise == Noise::given) eps.template load<vector>(g, count, p);
+      if constexpr (kNoise == Noise::drawn) normals(key, row, start / 4 + g * (N / 4), p);
+      if (a.variance.data) {
+        variance.template load<vector>(g, count, other);
 #pragma unroll
-  for (uint32_t offset = 1; offset < 32; offset *= 2) {
-    const uint32_t other = __shfl_up_sync(0xffffffffu, sum, offset);
-    if (lane >= offset) sum += other;
-  }
-  if (lane == 31) warps[warp] = sum;
-  __syncthreads();
-  for (uint32_t i = 0; i < warp; ++i) sum += warps[i];
-  const uint32_t before = sum - first - second, middle = before + first;
-  if (before <= rank && rank < middle) found = {bin, first, rank - before};
-  if (middle <= rank && rank < sum) found = {bin + 1, second, rank - middle};
-  __syncthreads();
-  return found;
-}
-
-// The quantile between two order statistics, as torch.lerp rounds it, within [1, clip].
-static __device__ __forceinline__ float threshold_of(float below, float above, float weight,
-                                                     float clip) {
-  const float gap = above - below;
-  const float x = weight < 0.5f ? below + weight * gap : above - gap * (1.0f - weight);
-  return min_keeping_nan(max_keeping_nan(x, 1.0f), clip);
-}
-
-// h of a row, a block each: radix select over the bits of |x0|, 11 in each of two passes, 9 in the
-// last. Integer atomics alone, whose order does not matter.
-template <class T>
-__global__ void __launch_bounds__(kSelectThreads) threshold_kernel(
-    // x, predicted [B, D], D below 2^32; unconditional [B, D] or null; steps; h [B]. T is the dtype
-    // of the first three.
-    const __grid_constant__ DiffusionStepArgs a, const __grid_constant__ RowGrid grid) {
-  __shared__ uint32_t histogram[kBins], next;
-  const double place = grid.columns ? a.ratio * (double)(grid.columns - 1) : 0.0;
-  const float weight = (float)(place - (double)(uint32_t)place);
-  for (int64_t row = blockIdx.x; row < grid.rows; row += gridDim.x) {
-    const StepCoefficients step = read_step(a.steps, row);
-    Found found = {0, 0, (uint32_t)place};
-    uint32_t below = 0, above = ~0u;  // bits of the two order statistics
-    bool bad = false;
-    if (threadIdx.x == 0) next = ~0u;
-    for (int pass = 0; pass < 3 && !bad && grid.columns; ++pass) {
-      // Bin i counts the values from below + i 2^shift on; above is the least one past the bins.
-      const int shift = max(20 - kDigit * pass, 0);
-      histogram[threadIdx.x] = histogram[threadIdx.x + kSelectThreads] = 0;
-      above = ~0u;
-      __syncthreads();
-      for_magnitudes<T>(a, grid, step, row, [&](uint32_t value) {
-        const uint32_t bin = (value - below) >> shift;
-        bad |= value > 0x7f800000u;
-        if (bin < (uint32_t)kBins) {
-          atomicAdd(&histogram[bin], 1u);
-        } else if (value > below) {
-          above = min(above, value);
-        }
-      });
-      bad = __syncthreads_or(bad);
-      if (!bad) found = find_rank(histogram, found.rank);
-      below += found.bin << shift;
+        for (int i = 0; i < N; ++i) p[i] *= scale_of(step, other[i]);
+      }
+#pragma unroll
+      for (int i = 0; i < N; ++i) y[i] = fma(step.s, p[i], y[i]);
     }
-    if (bad || grid.columns == 0) {
-      if (threadIdx.x == 0) a.h[row] = bad ? from_bits(0x7fc00000) : 1.0f;
-      continue;
-    }
-    for (uint32_t bin = threadIdx.x; bin < (uint32_t)kBins; bin += kSelectThreads)
-      if (bin > found.bin && histogram[bin]) above = min(above, below + (bin - found.bin));
-    atomicMin(&next, above);
-    __syncthreads();
-    if (threadIdx.x) continue;
-    // The last of all has no other above it.
-    above = found.rank + 1 < found.count || next == ~0u ? below : next;
-    a.h[row] = threshold_of(from_bits(below), from_bits(above), weight, a.clip);
-  }
+    x_next.template store<vector>(g, count, y);
+  });
 }
 
-// x' and x0c of a row chunk, by the lanes of a RowGrid.
+// x' and x0c of a row chunk, by the lanes of a RowGrid, with a fixed range of x0 or none.
 template <class T, bool kClip, Noise kNoise>
 __global__ void __launch_bounds__(kThreads, kForwardBlocks<T, kClip, kNoise>) diffusion_step_kernel(
     // x, predicted [B, D]; unconditional, previous, variance [B, D] or null, each; eps [B, D] where
-    // given; key or key_ptr where drawn; steps; h [B] where kClip and ratio > 0; x_next [B, D];
-    // denoised [B, D] or null. T is the dtype of all but h.
+    // given; key or key_ptr where drawn; steps; x_next [B, D]; denoised [B, D] or null. T is the
+    // dtype of all.
     const __grid_constant__ DiffusionStepArgs a, const __grid_constant__ RowGrid grid) {
-  constexpr int N = kWidth<T>;
   for_row_chunks(grid, [&](int64_t row, int64_t chunk, int columns, int lane) {
     if (!columns) return;
-    const int64_t start = chunk * kChunk;
     const StepCoefficients step = read_step(a.steps, row);
-    const float m = a.previous.data ? step.m : 0.0f;
-    const bool dynamic = kClip && a.ratio > 0;
-    const float h = dynamic ? a.h[row] : a.clip, by_h = dynamic ? 1.0f / h : 1.0f;
     const NoiseKey key = kNoise == Noise::drawn ? row_key(a, row) : NoiseKey{};
-    const RowIn<T> x(a.x, row, start), c(a.predicted, row, start), u(a.unconditional, row, start);
-    const RowIn<T> previous(a.previous, row, start), variance(a.variance, row, start);
-    const RowIn<T> eps(a.eps, row, start);
-    const RowOut<T> x_next(a.x_next, row, start), denoised(a.denoised, row, start);
-    for_groups<N>(grid, lane, columns, [&](auto vector, int g, int count) {
-      float y[N], p[N], other[N];
-      x.template load<vector>(g, count, y);
-      load_guided<vector>(a, c, u, g, count, p);
-      load_or_zero<vector>(a.previous, previous, g, count, other);
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        float x0 = mix(step.A, y[i], step.B, p[i]);
-        if constexpr (kClip) {
-          x0 = clamped(x0, h, by_h);
-          y[i] = fma(step.k, p[i], mix(step.e, y[i], step.f, x0));
-        } else {
-          y[i] = mix(step.x_direct, y[i], step.p_direct, p[i]);
-        }
-        p[i] = x0;
-        y[i] = fma(m, other[i], y[i]);
-      }
-      if (a.denoised.data) denoised.template store<vector>(g, count, p);
-      if constexpr (kNoise != Noise::none) {
-        if constexpr (kNoise == Noise::given) eps.template load<vector>(g, count, p);
-        if constexpr (kNoise == Noise::drawn) normals(key, row, start / 4 + g * (N / 4), p);
-        if (a.variance.data) {
-          variance.template load<vector>(g, count, other);
-#pragma unroll
-          for (int i = 0; i < N; ++i) p[i] *= scale_of(step, other[i]);
-        }
-#pragma unroll
-        for (int i = 0; i < N; ++i) y[i] = fma(step.s, p[i], y[i]);
-      }
-      x_next.template store<vector>(g, count, y);
-    });
+    step_chunk<T, kClip, kNoise>(a, grid, step, key, row, chunk, columns, lane, a.clip, 1.0f);
   });
+}
+
+// h, x' and x0c of a row, a block each, with dynamic thresholding: three passes over the row find
+// h, the fourth makes the step.
+template <class T, Noise kNoise>
+__global__ void __launch_bounds__(kSelectThreads, 1) dynamic_step_kernel(
+    // As diffusion_step_kernel's, and h [B], which is written; D below 2^32.
+    const __grid_constant__ DiffusionStepArgs a, const __grid_constant__ RowGrid grid) {
+  for (int64_t row = blockIdx.x; row < grid.rows; row += gridDim.x) {
+    const StepCoefficients step = read_step(a.steps, row);
+    const float h = find_threshold<T>(a, grid, step, row);
+    if (threadIdx.x == 0) a.h[row] = h;
+    const NoiseKey key = kNoise == Noise::drawn ? row_key(a, row) : NoiseKey{};
+    for (int64_t chunk = 0; chunk < grid.chunks; ++chunk) {
+      const int columns = (int)min(grid.columns - chunk * kChunk, kChunk);
+      step_chunk<T, true, kNoise>(a, grid, step, key, row, chunk, columns, threadIdx.x, h,
+                                  1.0f / h);
+    }
+  }
 }
 
 // Gradients of a row chunk, by the lanes of a RowGrid. kDrawn: dvariance takes n from the key.
@@ -290,11 +194,14 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T, kClip, kDrawn>)
   });
 }
 
-template <class T>
-static void launch_threshold(const DiffusionStepArgs& a, RowGrid grid, void* stream) {
+// kernel on blocks of kSelectThreads, one a row.
+template <class Kernel>
+static void launch_a_block_a_row(Kernel kernel, const DiffusionStepArgs& a, RowGrid grid,
+                                 void* stream) {
+  if (a.rows == 0) return;
   grid.log2_lanes = kSelectLog2;
   const unsigned blocks = a.rows < 65535 ? (unsigned)a.rows : 65535;
-  threshold_kernel<T><<<blocks, kSelectThreads, 0, (cudaStream_t)stream>>>(a, grid);
+  kernel<<<blocks, kSelectThreads, 0, (cudaStream_t)stream>>>(a, grid);
   check_cuda("sampler_step", cudaGetLastError());
 }
 
@@ -302,20 +209,23 @@ static void launch_threshold(const DiffusionStepArgs& a, RowGrid grid, void* str
 
 void diffusion_step_cuda(const DiffusionStepArgs& a, void* stream) {
   using device::Noise;
-  const auto launch = [&](auto type, auto clip, const device::RowGrid& grid) {
+  const auto launch = [&](auto type, auto noise, const device::RowGrid& grid) {
     using T = decltype(type);
-    const auto kernel = !a.noisy     ? &device::diffusion_step_kernel<T, clip, Noise::none>
-                        : a.eps.data ? &device::diffusion_step_kernel<T, clip, Noise::given>
-                                     : &device::diffusion_step_kernel<T, clip, Noise::drawn>;
+    constexpr Noise kNoise = decltype(noise)::value;
+    if (a.ratio > 0) {
+      return device::launch_a_block_a_row(&device::dynamic_step_kernel<T, kNoise>, a, grid, stream);
+    }
+    const auto kernel = a.clips() ? &device::diffusion_step_kernel<T, true, kNoise>
+                                  : &device::diffusion_step_kernel<T, false, kNoise>;
     device::launch_rows("sampler_step", kernel, grid, stream, a);
   };
   device::with_dtype(
       a.rows, a.columns,
       {a.x, a.predicted, a.unconditional, a.previous, a.variance, a.eps, a.x_next, a.denoised},
       [&](auto type, const device::RowGrid& grid) {
-        if (a.ratio > 0 && a.rows > 0) device::launch_threshold<decltype(type)>(a, grid, stream);
-        if (a.clips()) return launch(type, std::true_type{}, grid);
-        launch(type, std::false_type{}, grid);
+        if (!a.noisy) return launch(type, std::integral_constant<Noise, Noise::none>{}, grid);
+        if (a.eps.data) return launch(type, std::integral_constant<Noise, Noise::given>{}, grid);
+        launch(type, std::integral_constant<Noise, Noise::drawn>{}, grid);
       });
 }
 

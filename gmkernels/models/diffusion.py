@@ -23,6 +23,8 @@ from gmkernels.ops.diffusion_noise import add_noise, denoising_loss
 from gmkernels.sampler import Sampler
 from gmkernels.schedule import Schedule
 
+_PATHS = 8  # tables of samplers that a model keeps
+
 
 class Diffusion(nn.Module):
     """A diffusion (or flow-matching) model around any network.
@@ -69,6 +71,7 @@ class Diffusion(nn.Module):
         self.sigma_data = sigma_data
         self.levels, self.condition_dropout = levels, condition_dropout
         self.dimensions = math.prod(shape)
+        self._paths: dict[Any, Sampler] = {}
 
     @property
     def takes(self) -> str:
@@ -162,6 +165,18 @@ class Diffusion(nn.Module):
             options.setdefault("rederive_epsilon", True)
         return getattr(Sampler, name)(self.schedule, steps, **options).to(self.device)
 
+    def _path(self, name: str, steps: int | None) -> Sampler:
+        """sampler(name, steps), made once: it is computed on the host and copied to the device."""
+        key = (name, steps, self.prediction_type, self.sigma_data, self.schedule, self.device)
+        path = self._paths.pop(key, None)
+        if path is None:
+            with torch.inference_mode(False):  # it may be used outside of it later
+                path = self.sampler(name, steps)
+        self._paths[key] = path  # last: the first has not been used for longest
+        if len(self._paths) > _PATHS:
+            del self._paths[next(iter(self._paths))]
+        return path
+
     @property
     def device(self) -> torch.device:
         """Where the schedule is, and the network must be."""
@@ -188,7 +203,7 @@ class Diffusion(nn.Module):
 
         Args:
             sampler: a name ("ddim", the default, "ddpm", ...) for `steps` steps, by default 50 or
-                as many as there are times; or a Sampler.
+                as many as there are times, whose table is kept for the next call; or a Sampler.
             label: [n] or one class for all. clip: of x0; 1 for levels unless given.
             offset: rows to skip: any split of a batch gives the same samples.
             options: guidance, unconditional, classifier, scale, dynamic_threshold and conditions of
@@ -196,13 +211,15 @@ class Diffusion(nn.Module):
         """
         path = sampler
         if not isinstance(path, Sampler):
-            path = self.sampler(path or self.default_sampler, steps)
+            path = self._path(path or self.default_sampler, steps)
         key = noise.key(noise.resolve_key("sample", seed, 0, None, self.device), offset)
         x = noise.normal((n, *self.shape), seed=noise.fold_in(key, 0), device=self.device)
         # Where the path begins the signal is all but gone: its noise alone is left.
         first = path.levels[0]
         x = x * (first[1] if self.schedule.kind == "variance_exploding" else first.norm())
-        if label is not None:
+        if isinstance(label, int):
+            options["label"] = torch.full((n,), label, device=self.device)
+        elif label is not None:
             options["label"] = torch.as_tensor(label, device=self.device).expand(n)
         if clip is None and self.levels is not None and "dynamic_threshold" not in options:
             clip = 1.0

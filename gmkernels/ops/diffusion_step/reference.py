@@ -28,9 +28,19 @@ Bytes, float32, N = B D: reads 4 N for each of x and c, and for u, previous and 
 writes 4 N, and 4 N more where x0c is wanted. Eager PyTorch moves 44 N for DDIM with eta = 0, 84 N
 for DDPM. Flops: 4 N to 20 N, and 45 N for the noise.
 
+Dynamic thresholding on a GPU is the same one launch, in which a row has one block of threads: it
+selects the two order statistics around the quantile by the bits of |x0|, which it makes again in
+each pass over the row, and takes the step in one pass more. CUDA C++ selects in 3 passes (radix
+select, 2048 bins), Triton in 17 (16 of two bits each, by counting). Memory sees what a plain step
+moves, plus 4 B bytes, as long as the rows at work fit the L2 cache; the caches see 8 D bytes a pass
+and row, 12 D with guidance. A batch of images costs little so. A batch of one runs on one
+multiprocessor: a row of 3 x 1024 x 1024 in float32 is 25 MB a pass, 0.2 ms at the 64 bytes a cycle
+that one reads at best, hence 0.9 ms for the 4 passes of C++ and 4 ms for the 18 of Triton.
+
 Numerics. Coefficients are float32, rounded once from float64 (float64 for float64 inputs).
 
-Edge cases: a NaN element gives NaN in its place, in its whole row with dynamic thresholding; an
+Edge cases: a NaN element gives NaN in its place, in its whole row with dynamic thresholding, whose
+quantile counts an infinite |x0| as the largest finite number; a row without elements has h = 1; an
 index outside the table gives a row of NaN, and an error from the native CPU kernels, where looking
 is free.
 """
@@ -54,7 +64,9 @@ def threshold_of(x0: Tensor, clip: float, ratio: float) -> Tensor:
     above = min(below + 1, ordered.shape[1] - 1)
     # sort() puts NaN last: a row that has one has no quantile.
     bad = ordered[:, -1].isnan()
-    quantile = torch.lerp(ordered[:, below], ordered[:, above], place - below)
+    largest = torch.finfo(x0.dtype).max
+    low, high = (ordered[:, i].clamp(max=largest) for i in (below, above))
+    quantile = torch.lerp(low, high, place - below)
     return torch.where(bad, float("nan"), clamp(quantile, 1.0, clip))
 
 

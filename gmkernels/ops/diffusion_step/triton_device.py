@@ -8,6 +8,8 @@ from gmkernels.triton_common import clamp, load_folded_key, load_tile, normals
 NO_NOISE, GIVEN, DRAWN = 0, 1, 2  # values of NOISE: none, read from eps, made from the key
 NOT_CLAMPED, FIXED, DYNAMIC = 0, 1, 2  # values of CLAMP: h is infinite, clip, or one a row
 _GIVEN, _DRAWN, _DYNAMIC = tl.constexpr(GIVEN), tl.constexpr(DRAWN), tl.constexpr(DYNAMIC)
+_INFINITY_BITS = tl.constexpr(0x7F800000)
+_LARGEST = tl.constexpr(3.4028234663852886e38)
 
 
 @triton.jit
@@ -66,6 +68,88 @@ def x0_of(x, p, A, B):
 
 
 @triton.jit
+def magnitudes(
+    x_ptr,
+    predicted_ptr,
+    unconditional_ptr,
+    row,
+    start,
+    columns,
+    strides,
+    A,
+    B,
+    guidance,
+    GUIDED: tl.constexpr,
+    C: tl.constexpr,
+):
+    """Bits of |x0| of a tile of the row [1, C]: ordered as the numbers are, NaN last, 0 past it."""
+    d = start + tl.arange(0, C)[None, :]
+    mask = d < columns
+    x = load_tile(x_ptr, row, d, strides[0], mask, True)
+    p = load_prediction(
+        predicted_ptr, unconditional_ptr, row, d, strides[1], strides[2], mask, guidance, GUIDED
+    )
+    return x0_of(x, p, A, B).to(tl.uint32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def find_threshold(
+    x_ptr,
+    predicted_ptr,
+    unconditional_ptr,
+    row,
+    columns,
+    strides,
+    A,
+    B,
+    guidance,
+    clip,
+    most,
+    weight,
+    GUIDED: tl.constexpr,
+    C: tl.constexpr,
+):
+    """h of a row: weight of the way from the most-th largest |x0| to the next larger, in [1, clip].
+
+    The former is the largest number that `most` elements reach: two bits of it a pass over the row,
+    from the highest, by counting. x0 is made again in each pass, from the caches.
+    """
+    ptrs = (x_ptr, predicted_ptr, unconditional_ptr)
+    below = tl.full((), 0, tl.uint32)
+    unit = tl.full((), 1 << 30, tl.uint32)
+    for _ in range(16):
+        t1, t2, t3 = below + unit, below + unit * 2, below + unit * 3
+        n1 = tl.zeros((1, C), tl.int32)
+        n2 = tl.zeros((1, C), tl.int32)
+        n3 = tl.zeros((1, C), tl.int32)
+        for start in range(0, columns, C):
+            size = magnitudes(*ptrs, row, start, columns, strides, A, B, guidance, GUIDED, C)
+            n1 += (size >= t1).to(tl.int32)
+            n2 += (size >= t2).to(tl.int32)
+            n3 += (size >= t3).to(tl.int32)
+        below = tl.where(tl.sum(n1) >= most, t1, below)
+        below = tl.where(tl.sum(n2) >= most, t2, below)
+        below = tl.where(tl.sum(n3) >= most, t3, below)
+        unit = unit >> 2
+    larger = tl.zeros((1, C), tl.int32)
+    above = tl.full((1, C), 0xFFFFFFFF, tl.uint32)  # the least that is larger
+    largest = tl.zeros((1, C), tl.uint32)
+    for start in range(0, columns, C):
+        size = magnitudes(*ptrs, row, start, columns, strides, A, B, guidance, GUIDED, C)
+        larger += (size > below).to(tl.int32)
+        above = tl.where((size > below) & (size < above), size, above)
+        largest = tl.where(size > largest, size, largest)
+    # Equal to the next larger where there are several of it, or where it is the largest of all.
+    next_bits = tl.where((tl.sum(larger) == most - 1) & (most > 1), tl.min(above), below)
+    low = tl.minimum(below.to(tl.float32, bitcast=True), _LARGEST)
+    high = tl.minimum(next_bits.to(tl.float32, bitcast=True), _LARGEST)
+    gap = high - low
+    quantile = tl.where(weight < 0.5, low + weight * gap, high - gap * (1.0 - weight))
+    h = clamp(quantile, 1.0, clip)
+    return tl.where(tl.max(largest) > _INFINITY_BITS, float("nan"), h)
+
+
+@triton.jit
 def mix(a, x, b, y, X: tl.constexpr, Y: tl.constexpr):
     """a x + b y of the terms that are there: a may be infinite where x is absent."""
     if X and Y:
@@ -96,7 +180,7 @@ def step_kernel(
     key_ptr,  # int64 [2], read if NOISE is drawn
     table_ptr,  # float32 [table_rows, 11]: A B e f k m s x_direct p_direct low high
     index_ptr,  # int64 [B]
-    threshold_ptr,  # float32 [B] contiguous, read if CLAMP is dynamic
+    threshold_ptr,  # float32 [B] contiguous, written if CLAMP is dynamic
     x_next_ptr,  # [B, D] contiguous
     denoised_ptr,  # [B, D] contiguous, written if DENOISED
     rows,
@@ -113,6 +197,8 @@ def step_kernel(
     index_stride,
     guidance,
     clip,
+    most,  # which of the largest |x0| of a row the threshold is, and its share of the next
+    weight,
     GUIDED: tl.constexpr,
     PREVIOUS: tl.constexpr,
     VARIANCE: tl.constexpr,
@@ -122,12 +208,19 @@ def step_kernel(
     R: tl.constexpr,
     C: tl.constexpr,
 ):
-    # One program `trips` tiles [R, C] along the columns.
+    # One program `trips` tiles [R, C] along the columns; a whole row, R = 1, if CLAMP is dynamic.
     row = (tl.program_id(0).to(tl.int64) * R + tl.arange(0, R))[:, None]
     index = tl.load(index_ptr + row * index_stride, mask=row < rows, other=-1)
     step = load_step(table_ptr, index, table_rows, table_stride)
     A, B, e, f, k, m, s, x_direct, p_direct, low, high = step
-    h, by_h = load_bound(threshold_ptr, row, rows, clip, CLAMP)
+    strides = (x_stride, predicted_stride, unconditional_stride)
+    h, by_h = clip, 1.0
+    if CLAMP == _DYNAMIC:
+        ptrs = (x_ptr, predicted_ptr, unconditional_ptr)
+        limits = (clip, most, weight)
+        h = find_threshold(*ptrs, row, columns, strides, A, B, guidance, *limits, GUIDED, C)
+        tl.store(threshold_ptr + row, h)
+        by_h = 1.0 / h
     if NOISE == _DRAWN:
         key = load_folded_key(key_ptr, index)
     start = tl.program_id(1) * C * trips
@@ -136,9 +229,8 @@ def step_kernel(
         mask = (row < rows) & (d < columns)
         out = row * columns + d
         x = load_tile(x_ptr, row, d, x_stride, mask, True)
-        strides = (predicted_stride, unconditional_stride)
         p = load_prediction(
-            predicted_ptr, unconditional_ptr, row, d, *strides, mask, guidance, GUIDED
+            predicted_ptr, unconditional_ptr, row, d, strides[1], strides[2], mask, guidance, GUIDED
         )
         if CLAMP:
             x0 = clamp(x0_of(x, p, A, B), -h, h) * by_h

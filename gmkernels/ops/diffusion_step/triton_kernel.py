@@ -6,7 +6,7 @@ import triton
 from torch import Tensor
 
 from gmkernels import dispatch
-from gmkernels.ops.diffusion_step import outputs, reference
+from gmkernels.ops.diffusion_step import outputs
 from gmkernels.ops.diffusion_step.triton_device import (
     DRAWN,
     DYNAMIC,
@@ -18,7 +18,7 @@ from gmkernels.ops.diffusion_step.triton_device import (
     step_kernel,
 )
 from gmkernels.triton_common import DEVICES as _DEVICES
-from gmkernels.triton_common import launch, on_device, row_stride, tile
+from gmkernels.triton_common import MAX_TILE, launch, on_device, row_stride, tile
 
 DEVICES = {"sampler_step": _DEVICES}
 _MAX_TRIPS = 8  # tiles a program makes: a row's key is folded once for all
@@ -56,28 +56,19 @@ def _grid(x: Tensor, draws: bool) -> tuple[tuple[int, int], tuple[int, int, int]
     return (down, programs), (rows, columns, trips), {"R": r, "C": c}
 
 
-def _fill_threshold(
-    threshold: Tensor,
-    x: Tensor,
-    predicted: Tensor,
-    unconditional: Tensor | None,
-    table: Tensor,
-    index: Tensor,
-    guidance: float,
-    clip: float,
-    ratio: float,
-) -> None:
-    """Fills threshold [B] in plain PyTorch: x0 goes to memory in float32 and is sorted there."""
-    wide, p = x.float(), predicted.float()
-    if unconditional is not None:
-        u = unconditional.float()
-        p = u + guidance * (p - u)
-    A, B, *_ = reference._coefficients(table, index, x)
-    x0 = A * wide + B * p
-    if x0.numel():
-        threshold.copy_(reference.threshold_of(x0, clip, ratio))
-    else:
-        threshold.fill_(1.0)
+def _grid_of_rows(x: Tensor) -> tuple[tuple[int, int], tuple[int, int, int], dict[str, int]]:
+    """As _grid(), a program a row; up to 4096 elements in a tile, 8 in each thread."""
+    rows, columns = x.shape[0], math.prod(x.shape[1:])
+    c = min(4 * MAX_TILE, max(4, triton.next_power_of_2(columns)))
+    trips = triton.cdiv(columns, c)
+    tiles = {"R": 1, "C": c, "num_warps": max(1, c // 256)}
+    return (rows, min(trips, 1)), (rows, columns, trips), tiles
+
+
+def _rank(columns: int, ratio: float) -> tuple[int, float]:
+    """The quantile's place: among how many largest of a row, and how far to the next larger."""
+    place = ratio * (columns - 1)
+    return columns - math.floor(place), place - math.floor(place)
 
 
 def sampler_step_forward(
@@ -101,10 +92,13 @@ def sampler_step_forward(
     x_next, x0, threshold = outputs.sampler_step_forward(
         *given, key, table, index, guidance, clip, ratio, denoised, keep
     )
-    noise = _noise(eps, key)
-    if ratio > 0:
-        _fill_threshold(threshold, *given[:3], table, index, guidance, clip, ratio)
-    grid, (rows, columns, trips), tiles = _grid(x, noise == DRAWN)
+    noise, clamped = _noise(eps, key), _clamp(clip, ratio)
+    if clamped == DYNAMIC:
+        grid, (rows, columns, trips), tiles = _grid_of_rows(x)
+        if columns == 0:
+            threshold.fill_(1.0)
+    else:
+        grid, (rows, columns, trips), tiles = _grid(x, noise == DRAWN)
     launch(
         step_kernel,
         grid,
@@ -122,11 +116,12 @@ def sampler_step_forward(
         *map(row_stride, (*given, table, index)),
         guidance,
         clip,
+        *_rank(columns, ratio),
         GUIDED=unconditional is not None,
         PREVIOUS=previous is not None,
         VARIANCE=variance is not None,
         NOISE=noise,
-        CLAMP=_clamp(clip, ratio),
+        CLAMP=clamped,
         DENOISED=denoised,
         **tiles,
     )
