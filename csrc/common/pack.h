@@ -158,6 +158,29 @@ static inline void transpose_lanes(const float* in, int64_t in_row, float* out, 
     _mm512_storeu_ps(out + (8 + j) * out_row, _mm512_shuffle_f32x4(b, d, 0x88));
     _mm512_storeu_ps(out + (12 + j) * out_row, _mm512_shuffle_f32x4(b, d, 0xdd));
   }
+#elif defined(__AVX2__)
+  __m256 r[8], s[8];  // r[i]: lower halves of rows i % 4 and i % 4 + 4, then the upper ones
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const float *a = in + i * in_row, *b = a + 4 * in_row;
+    r[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(a)), _mm_loadu_ps(b), 1);
+    r[4 + i] =
+        _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(a + 4)), _mm_loadu_ps(b + 4), 1);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    s[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    s[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    s[i + 2] = _mm256_unpacklo_ps(r[i + 2], r[i + 3]);
+    s[i + 3] = _mm256_unpackhi_ps(r[i + 2], r[i + 3]);
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const __m256d a = (__m256d)s[i + j], b = (__m256d)s[i + 2 + j];
+      float* at = out + (i + 2 * j) * out_row;
+      _mm256_storeu_ps(at, (__m256)_mm256_unpacklo_pd(a, b));
+      _mm256_storeu_ps(at + out_row, (__m256)_mm256_unpackhi_pd(a, b));
+    }
+  }
 #else
   for (int c = 0; c < kLanes; ++c)
     for (int r = 0; r < kLanes; ++r) out[c * out_row + r] = in[r * in_row + c];
@@ -192,22 +215,26 @@ static inline void turn(const void* tile, int64_t in_row, int64_t row, int64_t n
 // apart.
 static inline void write_turned(const float* x, const float* scale, int64_t n, int64_t width,
                                 void* out, int64_t row, DType dtype) {
-  float rows[kLanes * kLanes];
+  const int64_t size = dtype == DType::f32 ? 4 : 2;
+  float part[kLanes * kLanes], rows[kLanes * kLanes];
   for (int64_t q = 0; q < n; q += kLanes) {
     const vf factor = load<vf>(scale + q);
     const int64_t count = std::min<int64_t>(kLanes, n - q);
     for (int64_t d = 0; d < width; d += kLanes) {
       const int64_t columns = std::min<int64_t>(kLanes, width - d);
-      float part[kLanes * kLanes] = {};
       for (int64_t c = 0; c < columns; ++c)
         store<vf>(part + c * kLanes, load<vf>(x + (d + c) * kTile + q) * factor);
+      char* at = (char*)out + (q * row + d) * size;
+      if (dtype == DType::f32 && count == kLanes && columns == kLanes) {
+        transpose_lanes(part, kLanes, (float*)at, row);
+        continue;
+      }
+      for (int64_t c = columns; c < kLanes; ++c) store<vf>(part + c * kLanes, vf{});
       transpose_lanes(part, kLanes, rows, kLanes);
-      for (int64_t i = 0; i < count; ++i) {
-        char* at = (char*)out + ((q + i) * row + d) * (dtype == DType::f32 ? 4 : 2);
+      for (int64_t i = 0; i < count; ++i, at += row * size)
         for_vectors(columns, [&](auto lane, int64_t c) {
           store_as(at, dtype, c, load<decltype(lane)>(rows + i * kLanes + c));
         });
-      }
     }
   }
 }

@@ -16,11 +16,13 @@ static_assert(kStreamed % (kStreams * kLanes) == 0, "vectors must tile the strea
 struct Single {
   using Word = float;
   static constexpr int kPer = 1;
+  static constexpr bool kAhead = false;
   static void read(const float* p, vf* x) { x[0] = load<vf>(p); }
 };
 struct Brain {
   using Word = uint16_t;
   static constexpr int kPer = 2;
+  static constexpr bool kAhead = false;
   static void read(const uint16_t* p, vf* x) {
     vu pairs;
     memcpy(&pairs, p, sizeof(pairs));
@@ -31,11 +33,17 @@ struct Brain {
 struct Half {
   using Word = uint16_t;
   static constexpr int kPer = 1;
+  static constexpr bool kAhead = false;
   static void read(const uint16_t* p, vf* x) {
     vu16 h;
     memcpy(&h, p, sizeof(h));
     x[0] = from_f16(h);
   }
+};
+
+// Single, with the next page of each stream fetched ahead.
+struct SingleAhead : Single {
+  static constexpr bool kAhead = true;
 };
 
 #pragma GCC diagnostic push
@@ -79,16 +87,16 @@ static inline vf sum_each(const vf* x) {
 // to the next four.
 struct Steps {
   int64_t key, four;
-  bool ahead = false;  // four streams of rows without gaps
 };
 
 // Hardware prefetchers stop at the end of a page and start anew in the next one after misses. The
 // first kHead bytes of each page are fetched to the second-level cache while the page before it is
-// read.
+// read, where rows lie without gaps.
 constexpr int64_t kPage = 4096, kHead = 512;
 
-static inline bool is_head(Steps steps, const void* row) {
-  return steps.ahead && (uintptr_t)row % kPage < kHead;
+template <class E>
+static inline bool is_head(const void* row) {
+  return E::kAhead && (uintptr_t)row % kPage < kHead;
 }
 
 // Inlined always: GCC drops calls of a function that does nothing but prefetch.
@@ -111,7 +119,7 @@ static inline vf products(const float* q, const typename E::Word* k, Steps steps
       at[j] = k + key / 4 * steps.four + key % 4 * steps.key;
     }
     vf sum[4] = {};
-    const bool head = is_head(steps, at[0]);
+    const bool head = is_head<E>(at[0]);
     for (int64_t d = 0; d < width; d += E::kPer * kLanes) {
       if (head) {
 #pragma GCC unroll 4
@@ -158,7 +166,7 @@ static inline void add_columns(const float* p, const typename E::Word* v, Steps 
   for (int c = 0; c < kLoads * E::kPer; ++c) sum[c] = load<vf>(out + c * kLanes);
   int64_t j = 0;
   for (; j + 4 <= n; j += 4, v += steps.four) {
-    const bool head = is_head(steps, v);
+    const bool head = is_head<E>(v);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) add_row<E, kLoads>(p[j + i], v + i * steps.key, head, sum);
   }
@@ -280,8 +288,11 @@ class Parts {
 
   template <class E, class Body>
   void blocks_of(const Heads& x, int64_t block, const Body& body) {
-    const int64_t stream = streamed_ / kStreams * x.row;
-    run_blocks<E>(x, block, 0, streamed_, {stream, x.row, x.row == a_.width}, body);
+    const Steps streams{streamed_ / kStreams * x.row, x.row};
+    const bool ahead = x.row == a_.width;
+    using Streamed = std::conditional_t<std::is_same_v<E, Single>, SingleAhead, E>;
+    ahead ? run_blocks<Streamed>(x, block, 0, streamed_, streams, body)
+          : run_blocks<E>(x, block, 0, streamed_, streams, body);
     run_blocks<E>(x, block, streamed_, count_, {x.row, 4 * x.row}, body);
   }
 
