@@ -85,8 +85,8 @@ class DifferentiableOp:
         self.tensors = inputs  # leading arguments that are tensors or None, known from a schema
         self.backward_function = _make_backward_function(self)
         # Function.apply's own checks are of torch.func alone, which never comes here: 3 us a call.
-        forward_function = _make_forward_function(self)
-        self.apply_forward = super(torch.autograd.Function, forward_function).apply  # type: ignore[misc]
+        function = _make_forward_function(self)
+        self.apply_forward = super(torch.autograd.Function, function).apply  # type: ignore[misc]
         for backend, namespace in dispatch.NAMESPACES.items():
             found = dispatch.find(name, backend)
             if isinstance(found, dispatch.Kernel):
