@@ -13,12 +13,13 @@ from types import FunctionType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import gmkernels
 from benchmarks.sides import COMPILED, EAGER, OURS, OURS_COMPILED, SEED, Side, compiled
 from gmkernels import data, registry, train
-from gmkernels.models import autoregressive, gpt2, image_diffusion, image_flow, vae
+from gmkernels.models import autoregressive, dropout, gpt2, image_diffusion, image_flow, vae
 from gmkernels.models.gpt import GPT, Sizes
 
 REFERENCE = "reference backend"
@@ -174,6 +175,7 @@ class PlainPyTorch:
         }
         kept = _KeptNoise()
         eager |= {gmkernels.add_noise: kept.add_noise, gmkernels.denoising_loss: kept.loss}
+        eager |= {dropout.dropout: F.dropout}
         modules = [vars(m) for n, m in sys.modules.items() if n.startswith("gmkernels.models.")]
         # Functions that a module imports, and those of a table of its own.
         places = [*modules, *(v for m in modules for v in m.values() if isinstance(v, dict))]

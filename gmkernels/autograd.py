@@ -31,8 +31,10 @@ BelowAutograd = torch._C._AutoDispatchBelowAutograd
 
 def is_transformed() -> bool:
     """Whether a torch.func transform or forward-mode AD is active; never while Dynamo traces."""
-    if torch.compiler.is_compiling():
-        return False
+    return not torch.compiler.is_compiling() and _is_transformed()
+
+
+def _is_transformed() -> bool:
     return maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
@@ -84,10 +86,15 @@ class DifferentiableOp:
         self.kept = outputs if keeps_outputs else kept
         self.takes_keep = kept > 0
         self.first_kept = 0 if keeps_outputs else outputs  # among the results of forward
+        self.tensors = inputs  # leading arguments that are tensors or None, known from a schema
         self.backward_function = _make_backward_function(self)
-        self.forward_function = _make_forward_function(self)
+        # Function.apply's own checks are of torch.func alone, which never comes here: 3 us a call.
+        function = _make_forward_function(self)
+        self.apply_forward = super(torch.autograd.Function, function).apply  # type: ignore[misc]
         for backend, namespace in dispatch.NAMESPACES.items():
-            if isinstance(dispatch.find(name, backend), dispatch.Kernel):
+            found = dispatch.find(name, backend)
+            if isinstance(found, dispatch.Kernel):
+                self.tensors = _leading_tensors(found.forward)
                 self._register(backend, f"{namespace}::{name}")
 
     def __call__(self, backend: str, *args: Any) -> tuple[Tensor, ...]:
@@ -97,10 +104,10 @@ class DifferentiableOp:
         if torch.compiler.is_compiling():
             keep = self.takes_keep and self._is_differentiated(args)
             return self.run_forward(backend, args, keep)[: self.outputs]
-        if is_transformed():
+        if _is_transformed():
             return self.reference(*args)
         if self._is_differentiated(args):
-            return self.forward_function.apply(backend, *args)
+            return self.apply_forward(backend, *args)
         with BelowAutograd():
             return self.run_forward(backend, args, False)[: self.outputs]
 
@@ -123,7 +130,7 @@ class DifferentiableOp:
         """args: what was kept, and the inputs and constants."""
         backward = dispatch.kernel(self.name, backend).backward
         assert backward is not None
-        given = (g if g is None else self.readable(g) for g in grads)
+        given = [g if g is None else self.readable(g) for g in grads]
         results = backward(*given, *args, needs)
         return results if self.inputs > 1 else (results,)
 
@@ -179,12 +186,13 @@ class DifferentiableOp:
             if self.takes_keep:
                 ctx.mark_non_differentiable(*output[outputs:])
                 inputs = inputs[:-1]
-            _save(ctx, (*output[self.first_kept :], *inputs) if kept else inputs)
+            saved = (*output[self.first_kept :], *inputs) if kept else inputs
+            _save(ctx, saved, kept + self.tensors)
 
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             args = _saved(ctx)
             constants = len(args) - kept - inputs + self.takes_keep
-            if all(g is None for g in grads[:outputs]):
+            if not _any_given(grads[:outputs]):
                 return (None,) * (inputs + constants)
             needs = _mask(ctx.needs_input_grad[:inputs])
             made = self.run_backward(backend, grads[:outputs], args, needs)
@@ -193,7 +201,7 @@ class DifferentiableOp:
         def setup_backward(ctx: Any, inputs: Arguments, output: Any) -> None:
             ctx.set_materialize_grads(False)
             ctx.needs = inputs[-1]
-            _save(ctx, inputs[:-1])
+            _save(ctx, inputs[:-1], outputs + kept + self.tensors)
 
         def second(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
             everything = _saved(ctx)
@@ -218,28 +226,40 @@ def _alias(x: Tensor | None, create_graph: bool) -> Tensor | None:
     return x.detach().requires_grad_()
 
 
+def _leading_tensors(operator: Any) -> int:
+    """How many of an operator's arguments are tensors or None: they come before all others."""
+    kinds = [str(a.type) for a in operator._schema.arguments]
+    count = sum(kind in ("Tensor", "Optional[Tensor]") for kind in kinds)
+    assert all("Tensor" in kind for kind in kinds[:count]), f"{operator}: tensors come first"
+    return count
+
+
+def _any_given(grads: Arguments) -> bool:
+    for g in grads:  # noqa: SIM110 - a plain loop: this is on the path of every backward
+        if g is not None:
+            return True
+    return False
+
+
 def _mask(needs: tuple[bool, ...]) -> int:
-    return sum(1 << i for i, needed in enumerate(needs) if needed)
+    mask = 0
+    for i, needed in enumerate(needs):
+        mask |= needed << i
+    return mask
 
 
 def _wanted(made: tuple[Tensor, ...], args: Arguments, needs: int) -> list[Tensor | None]:
     return [g if needs >> i & 1 and args[i] is not None else None for i, g in enumerate(made)]
 
 
-def _save(ctx: Any, args: Arguments) -> None:
-    # The key is a tensor, too, and saved like one; what is left are floats and ints.
-    flags = [isinstance(x, Tensor) for x in args]
-    ctx.save_for_backward(*(x for x, is_tensor in zip(args, flags, strict=True) if is_tensor))
-    ctx.constants = [None if is_tensor else x for x, is_tensor in zip(args, flags, strict=True)]
-    ctx.flags = flags
+def _save(ctx: Any, args: Arguments, tensors: int) -> None:
+    # The key is a tensor, too, and saved like one; what follows the tensors are floats and ints.
+    ctx.save_for_backward(*args[:tensors])
+    ctx.constants = args[tensors:]
 
 
 def _saved(ctx: Any) -> Arguments:
-    saved = iter(ctx.saved_tensors)
-    return tuple(
-        next(saved) if is_tensor else x
-        for x, is_tensor in zip(ctx.constants, ctx.flags, strict=True)
-    )
+    return (*ctx.saved_tensors, *ctx.constants)
 
 
 def _make_forward_function(op: DifferentiableOp) -> type[torch.autograd.Function]:
@@ -250,14 +270,15 @@ def _make_forward_function(op: DifferentiableOp) -> type[torch.autograd.Function
             ctx.backend = backend
             with BelowAutograd():
                 results = op.run_forward(backend, args, True)
-            _save(ctx, (*results[op.first_kept :], *args) if op.kept else args)
+            saved = (*results[op.first_kept :], *args) if op.kept else args
+            _save(ctx, saved, op.kept + op.tensors)
             return results[: op.outputs]
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> Any:  # type: ignore[override]
             args = _saved(ctx)
             constants = len(args) - op.kept - op.inputs
-            if all(g is None for g in grads):
+            if not _any_given(grads):
                 return (None,) * (1 + op.inputs + constants)
             needs = _mask(ctx.needs_input_grad[1 : 1 + op.inputs])
             if torch.is_grad_enabled():
@@ -277,7 +298,7 @@ def _make_backward_function(op: DifferentiableOp) -> type[torch.autograd.Functio
         def forward(ctx: Any, backend: str, needs: int, *args: Any) -> Any:  # type: ignore
             ctx.set_materialize_grads(False)
             ctx.needs = needs
-            _save(ctx, args)
+            _save(ctx, args, op.outputs + op.kept + op.tensors)
             with BelowAutograd():
                 return op.run_backward(backend, args[: op.outputs], args[op.outputs :], needs)
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import gmkernels
 from gmkernels import noise
-from gmkernels.models import likelihood, vae
+from gmkernels.models import dropout, likelihood, vae
 from gmkernels.ops.gaussian import gaussian_kl
 
 X, Z, K, B, LEVELS = 6, 3, 2, 5, 4
@@ -292,3 +292,31 @@ def test_low_rank_logits():
     w = head.weight(h).view(B, X, 2)
     expected = torch.einsum("bdr,rl->bdl", w, head.embedding) + head.bias
     torch.testing.assert_close(head(h), expected)
+
+
+def test_dropout():
+    layer, x = dropout.Dropout(0.3), torch.full((200, 64), 2.0, requires_grad=True)
+    torch.manual_seed(4)
+    y = layer(x)
+    torch.manual_seed(4)
+    u = gmkernels.uniform(x.shape)
+    torch.testing.assert_close(y, torch.where(u > 0.3, x / 0.7, 0.0))
+    assert 0.28 < float((y == 0).float().mean()) < 0.32
+    assert not torch.equal(layer(x), y)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(gradient, y.detach() / 2)
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
+    assert not dropout.Dropout(1.0)(x).any()
+    assert layer.eval()(x) is x
+    assert dropout.Dropout(0.0)(x) is x
+
+
+def test_dropout_has_the_same_bits_compiled():
+    layer, x = dropout.Dropout(0.3), torch.ones(20, 64)
+    torch.manual_seed(4)
+    y = layer(x)
+    compiled = torch.compile(layer, fullgraph=True)
+    for same in (True, False):
+        if same:
+            torch.manual_seed(4)
+        assert torch.equal(compiled(x), y) == same

@@ -1,4 +1,5 @@
 #include "common/block.h"
+#include "common/pack.h"
 #include "likelihood/likelihood.h"
 
 namespace gm {
@@ -145,6 +146,18 @@ static inline Softmax softmax(const CategoricalArgs& a, int64_t row, int64_t d) 
   return {top, sum_lanes(sum)};
 }
 
+// Whether the logits of a group hold squares of kLanes positions and levels, which are turned
+// whole.
+static inline bool is_whole(const CategoricalArgs& a, int64_t count) {
+  return count == kLanes && a.size >= kLanes;
+}
+
+// Runs body(first level) for squares that cover all levels; the last overlaps the one before it.
+template <class Body>
+static inline void for_squares(int64_t size, Body body) {
+  for (int64_t k = 0; k < size; k += kLanes) body(k + kLanes <= size ? k : size - kLanes);
+}
+
 // Few levels: kLanes positions side by side, one a lane, so that nothing is horizontal. columns[k]
 // holds level k of each position; lanes past count hold zeros.
 struct SoftmaxGroup {
@@ -155,8 +168,14 @@ struct SoftmaxGroup {
   const float* read(const CategoricalArgs& a, int64_t row, int64_t d, int64_t count) {
     const float* s = load_block(a.logits, row, d * a.size, count * a.size, logits);
     if (count < kLanes) memset(columns.data, 0, sizeof(columns.data));
-    for (int64_t j = 0; j < count; ++j)
-      for (int64_t k = 0; k < a.size; ++k) columns.data[k * kLanes + j] = s[j * a.size + k];
+    if (is_whole(a, count)) {
+      for_squares(a.size, [&](int64_t k) {
+        transpose_lanes(s + k, a.size, columns.data + k * kLanes, kLanes);
+      });
+    } else {
+      for (int64_t j = 0; j < count; ++j)
+        for (int64_t k = 0; k < a.size; ++k) columns.data[k * kLanes + j] = s[j * a.size + k];
+    }
     top = load<vf>(columns.data);
     for (int64_t k = 1; k < a.size; ++k) {
       const vf x = load<vf>(columns.data + k * kLanes);
@@ -232,9 +251,16 @@ static void few_levels_backward(const CategoricalArgs& a, float dnll, int64_t ro
       store(column, load<vf>(column) * scale);
     }
     float* out = open_block(a.dlogits, row, d * a.size, buffer).data;
+    if (is_whole(a, count)) {
+      for_squares(a.size, [&](int64_t k) {
+        transpose_lanes(group.columns.data + k * kLanes, kLanes, out + k, a.size);
+      });
+    } else {
+      for (int64_t j = 0; j < count; ++j)
+        for (int64_t k = 0; k < a.size; ++k)
+          out[j * a.size + k] = group.columns.data[k * kLanes + j];
+    }
     for (int64_t j = 0; j < count; ++j) {
-      const float* lane = group.columns.data + j;
-      for (int64_t k = 0; k < a.size; ++k) out[j * a.size + k] = lane[k * kLanes];
       const int64_t level = level_at(a, row, d + j);
       if (level >= 0 && level < a.size) out[j * a.size + level] -= dnll;
     }

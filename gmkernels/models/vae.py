@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gmkernels import metrics, noise
 from gmkernels.models.condition import join_condition
+from gmkernels.models.dropout import Dropout
 from gmkernels.models.likelihood import Bernoulli, Categorical, Gaussian, Likelihood
 from gmkernels.ops.gaussian import gaussian_kl_per_dim, reparameterize_kl
 from gmkernels.ops.likelihood import gaussian_nll
@@ -204,7 +205,7 @@ def image_vae(
     make_likelihood, make_head = heads[likelihood]
 
     def layer(inputs: int) -> list[nn.Module]:
-        return [nn.Linear(inputs, hidden), nn.SiLU(), nn.Dropout(dropout)]
+        return [nn.Linear(inputs, hidden), nn.SiLU(), Dropout(dropout)]
 
     encoder = nn.Sequential(*layer(pixels), nn.Linear(hidden, 2 * latent_dim))
     decoder = nn.Sequential(*layer(latent_dim), make_head())

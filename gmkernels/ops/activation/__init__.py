@@ -40,6 +40,6 @@ def gelu(x: Tensor, *, backend: str | None = None) -> Tensor:
     """
     checks.check_tensor("gelu", "x", x)
     name = dispatch.choose("gelu", x.device.type, dispatch.is_wide(x), backend)
-    rows = checks.in_rows(x) if x.dim() > 1 else x.reshape(1, -1)
-    (y,) = _gelu(name, rows)
-    return checks.in_layout_of(y.view(x.shape), x)
+    if x.dim() < 2:
+        return _gelu(name, x.reshape(1, -1))[0].view(x.shape)
+    return checks.in_layout_of(_gelu(name, checks.in_rows(x))[0], x)
