@@ -1,7 +1,7 @@
 """What diffusion models draw, measured: `python -m benchmarks.diffusion_quality [--run FOLDER]`.
 
-2-D: a network trained on a ring of 8 Gaussians, 10,000 samples by each sampler, their sliced
-Wasserstein-1 distance to 10,000 fresh points of the ring; beside it the distance of two fresh sets.
+2-D: networks trained on a ring of 8 Gaussians and on a grid of 25, 10,000 samples by each
+sampler, their sliced Wasserstein-1 distance to 10,000 fresh points, and that of two fresh sets.
 Digits (with --run, a run of `train diffusion` or `latent_diffusion --data digits`, one or several):
 100 samples of each class, of its caption where the model reads text, over the guidance scale: the
 share that a logistic regression trained on the real train digits assigns to the class that was
@@ -29,6 +29,8 @@ from gmkernels.models.edm import EDM
 from gmkernels.models.nets import MLP
 
 POINTS = 10_000
+MIXTURES = {"ring": toys.ring_modes(8, 2.0), "grid": toys.grid_modes(5, 1.0)}
+STD = 0.1  # of each component
 GUIDANCE = (0.0, 1.0, 1.5, 2.0, 3.0, 5.0)  # unless --guidance says otherwise
 COLUMNS = ("data", "model", "sampler", "evaluations", "guidance", "measure", "value", "commit")
 
@@ -40,8 +42,8 @@ def sliced_wasserstein(x: Tensor, y: Tensor, directions: int = 200) -> float:
     return float(((x @ axes).sort(0).values - (y @ axes).sort(0).values).abs().mean())
 
 
-def ring_model(kind: str, steps: int = 4000) -> Diffusion:
-    """A model of the ring: "diffusion", "flow_matching" or "edm"."""
+def mixture_model(kind: str, modes: Tensor, steps: int = 4000) -> Diffusion:
+    """A model of the mixture around modes [K, 2]: "diffusion", "flow_matching" or "edm"."""
     torch.manual_seed(0)
     made: dict[str, Any] = {
         "diffusion": lambda: Diffusion(
@@ -61,18 +63,19 @@ def ring_model(kind: str, steps: int = 4000) -> Diffusion:
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, fused=True)
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
-        x = toys.ring(512, seed=noise.fold_in(noise.key(1), step), std=0.1)
+        x = toys.mixture(512, modes, STD, seed=noise.fold_in(noise.key(1), step))
         train.training_step(model, optimizer, x, seed=noise.fold_in(noise.key(2), step))
         rate.step()
     return model.eval()
 
 
-def ring_rows() -> Iterator[tuple[Any, ...]]:
-    """Distances of each model and sampler on the ring."""
-    real, other = (toys.ring(POINTS, seed=seed, std=0.1) for seed in (11, 12))
+def mixture_rows(mixture: str) -> Iterator[tuple[Any, ...]]:
+    """Distances of each model and sampler on a mixture of MIXTURES."""
+    modes = MIXTURES[mixture]
+    real, other = (toys.mixture(POINTS, modes, STD, seed=seed) for seed in (11, 12))
     measure = "sliced Wasserstein-1"
-    yield "ring", "fresh data", "", "", "", measure, sliced_wasserstein(other, real)
-    model = ring_model("diffusion")
+    yield mixture, "fresh data", "", "", "", measure, sliced_wasserstein(other, real)
+    model = mixture_model("diffusion", modes)
     for name, steps in (
         ("ddpm", 1000),
         ("ddpm", 50),
@@ -84,15 +87,15 @@ def ring_rows() -> Iterator[tuple[Any, ...]]:
     ):
         path = model.sampler(name, steps, spacing="trailing")
         x = model.sample(POINTS, sampler=path, seed=13)
-        yield "ring", "diffusion", name, len(path), "", measure, sliced_wasserstein(x, real)
-    model = ring_model("flow_matching")
+        yield mixture, "diffusion", name, len(path), "", measure, sliced_wasserstein(x, real)
+    model = mixture_model("flow_matching", modes)
     path = model.sampler("flow_euler", 50)
     x = model.sample(POINTS, sampler=path, seed=13)
-    yield "ring", "flow_matching", "flow_euler", 50, "", measure, sliced_wasserstein(x, real)
-    model = ring_model("edm")
+    yield mixture, "flow_matching", "flow_euler", 50, "", measure, sliced_wasserstein(x, real)
+    model = mixture_model("edm", modes)
     path = model.sampler("heun", 18, spacing="leading")
     x = model.sample(POINTS, sampler=path, seed=13)
-    yield "ring", "edm", "heun", len(path), "", measure, sliced_wasserstein(x, real)
+    yield mixture, "edm", "heun", len(path), "", measure, sliced_wasserstein(x, real)
 
 
 def digit_rows(folders: list[Path], scales: Sequence[float]) -> Iterator[tuple[Any, ...]]:
@@ -127,12 +130,13 @@ def main() -> None:
         help="a run of train diffusion or latent_diffusion --data digits; may be repeated",
     )
     parser.add_argument("--guidance", type=float, nargs="+", default=GUIDANCE)
-    parser.add_argument("--digits-only", action="store_true", help="leave the ring out")
+    parser.add_argument("--digits-only", action="store_true", help="leave the mixtures out")
     parser.add_argument("--out", type=Path, default=Path("build/bench"))
     args = parser.parse_args()
     rows: list[tuple[Any, ...]] = []
     digits = digit_rows(args.run, args.guidance) if args.run else ()
-    for row in itertools.chain(digits, () if args.digits_only else ring_rows()):
+    points = () if args.digits_only else MIXTURES
+    for row in itertools.chain(digits, *map(mixture_rows, points)):
         rows.append((*row[:-1], f"{row[-1]:.4f}", commit()))
         print(*rows[-1], sep=", ", flush=True)
     text = io.StringIO()
