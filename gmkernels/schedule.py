@@ -19,6 +19,12 @@ from torch import Tensor, nn
 
 KINDS = ("variance_preserving", "variance_exploding", "flow")
 WEIGHTINGS = ("uniform", "snr", "min_snr", "edm")
+# The level, alpha or sigma, at whose zero a weight is infinite.
+_INFINITE = {
+    ("edm", "epsilon"): "alpha",
+    ("snr", "sample"): "sigma",
+    ("edm", "sample"): "sigma",
+}
 
 
 def _betas(alpha_bar: Callable[[float], float], steps: int, most: float) -> Tensor:
@@ -82,6 +88,7 @@ class Schedule(nn.Module):
             )
         self.kind = kind
         self.steps = len(alpha)
+        self._lowest = {"alpha": float(alpha.min()), "sigma": float(sigma.min())}
         table = torch.cat([both, torch.ones_like(both[:, :1])], 1)  # a, s, w = 1
         self.register_buffer("levels64", table, persistent=False)
         self.register_buffer("levels", table.float(), persistent=False)
@@ -260,7 +267,10 @@ class Schedule(nn.Module):
         gamma: float = 5.0,
         sigma_data: float = 0.5,
     ) -> Tensor:
-        """What the kernels gather from: levels (a, s, w), [T, 3], or [B, 3] for float times."""
+        """What the kernels gather from: levels (a, s, w), [T, 3], or [B, 3] for float times.
+
+        Raises: ValueError where a level of the table has an infinite weight.
+        """
         table = self.levels64 if wide else self.levels
         if t.is_floating_point():
             table = self.at(t, table.dtype)
@@ -270,6 +280,13 @@ class Schedule(nn.Module):
         if t.is_floating_point():
             w = self.weights(table, *named)
             return torch.stack([table[:, 0], table[:, 1], w], 1)
+        level = _INFINITE.get((weighting, prediction_type))
+        if level and self._lowest[level] == 0:
+            raise ValueError(
+                f"Schedule: weight {weighting} of a prediction of {prediction_type} is infinite "
+                f"where {level} is 0, as it is at a time of this schedule; take another prediction "
+                "type, weight min_snr, or a schedule that ends before"
+            )
         if torch.compiler.is_compiling():
             return self._weigh(table.dtype, *named)
         key = (wide, *named)

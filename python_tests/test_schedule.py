@@ -82,15 +82,15 @@ def test_nothing_is_nan_at_the_ends(name, kind, weighting):
     x0 = filled((2, 6), torch.float32, "cpu", 0)
     t = torch.tensor([0, len(schedule) - 1])
     x_t, target = gmkernels.add_noise_with_target(x0, t, schedule, prediction_type=kind, seed=1)
-    loss = gmkernels.denoising_loss(
-        target, x0, t, schedule, seed=1, prediction_type=kind, weighting=weighting
-    )
     assert x_t.isfinite().all()
     assert target.isfinite().all()
-    # An epsilon says nothing of x0 where no signal is left: edm's weight is infinite there.
-    silent = schedule.alpha[-1] == 0 and (kind, weighting) == ("epsilon", "edm")
-    rows = loss[:1] if silent else loss
-    assert (rows == 0).all()
+    options = {"seed": 1, "prediction_type": kind, "weighting": weighting}
+    if schedule.alpha[-1] == 0 and (kind, weighting) == ("epsilon", "edm"):
+        # An epsilon says nothing of x0 where no signal is left: edm's weight is infinite there.
+        with pytest.raises(ValueError, match="is infinite where alpha is 0"):
+            gmkernels.denoising_loss(target, x0, t, schedule, **options)
+    else:
+        assert (gmkernels.denoising_loss(target, x0, t, schedule, **options) == 0).all()
 
 
 @pytest.mark.parametrize("name", PRESERVING)
@@ -281,6 +281,10 @@ def test_bad_arguments():
     for wrong in ({"gamma": -1.0}, {"sigma_data": 0.0}):
         with pytest.raises(ValueError, match="gamma and sigma_data must be > 0"):
             loss(x, x, t, schedule, seed=0, weighting="edm", **wrong)
+    clean = Schedule(torch.tensor([1.0, 0.6]), torch.tensor([0.0, 0.8]))
+    for weighting in ("snr", "edm"):
+        with pytest.raises(ValueError, match="is infinite where sigma is 0"):
+            loss(x, x, 1, clean, seed=0, weighting=weighting, prediction_type="sample")
     with pytest.raises(ValueError, match=r"weighting must have shape \(2,\)"):
         loss(x, x, t, schedule, seed=0, weighting=torch.ones(3))
     with pytest.raises(ValueError, match="x0 must have prediction's shape"):

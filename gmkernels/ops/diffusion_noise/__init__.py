@@ -234,7 +234,9 @@ def denoising_loss(
         [B] float32 (float64 on float64 inputs); NaN for rows without elements.
     Raises:
         TypeError, ValueError, RuntimeError: as in add_noise(); no seed and no eps; an unknown
-            prediction type or weighting.
+            prediction type or weighting; a weight that is infinite at a time of the schedule (edm
+            of epsilon where alpha is 0, snr and edm of sample where sigma is 0). With float times
+            the loss is infinite there, or NaN where the prediction is exact.
 
     Differentiable twice and more in prediction, x0, eps and a weight tensor; the gradient to the
     prediction comes from the forward's own pass over memory. Accuracy: within twice the error of
