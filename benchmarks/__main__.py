@@ -65,7 +65,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--isa",
         choices=("portable", "v3", "v4", "v4_bf16"),
-        help="run our CPU kernels of this instruction set (v3: AVX2, v4: AVX-512)",
+        help="run our CPU kernels of this instruction set (v3: AVX2, v4: AVX-512); PyTorch keeps "
+        "its own, which ATEN_CPU_CAPABILITY=avx2 and MKL_ENABLE_INSTRUCTIONS=AVX2 set",
     )
     found.add_argument(
         "--regime",
@@ -224,6 +225,9 @@ def main() -> int:
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if options.device == "cpu" and load > 0.5:
         console.print(f"other programs use this machine (load {load:.1f}): times will scatter")
+    if options.isa:
+        torch_isa = torch.backends.cpu.get_cpu_capability()
+        console.print(f"our CPU kernels: {options.isa}; PyTorch's: {torch_isa}", highlight=False)
     start = time.time()
     session = Session(console)
     session.run(plans(options))

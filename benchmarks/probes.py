@@ -160,6 +160,8 @@ def stamp(device: str) -> dict[str, str]:
             versions.append(f"{package} {metadata.version(package)}")
         except metadata.PackageNotFoundError:
             continue
+    if device == "cpu":
+        versions.append(f"ATen {torch.backends.cpu.get_cpu_capability()}")
     return {
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),

@@ -180,6 +180,7 @@ def test_csv(measured: list[Record], tmp_path: Path) -> None:
     assert float(lines[0]["p50_ms"]) == pytest.approx(measured[0].p50_ms, rel=1e-4)
     assert lines[2]["p50_ms"] == ""
     assert "torch" in lines[0]["versions"]
+    assert f"ATen {torch.backends.cpu.get_cpu_capability()}" in lines[0]["versions"]
 
 
 def test_losses_are_told(measured: list[Record], tmp_path: Path) -> None:

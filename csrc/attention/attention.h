@@ -30,7 +30,7 @@ struct AttentionArgs {
   // Backward: gradients in q's dtype, null where not wanted.
   void *dq = nullptr, *dk = nullptr, *dv = nullptr;
   Places q_places, k_places, v_places;  // of o and dq, of dk, of dv; all contiguous on the GPU
-  int64_t parts = 1;         // tasks that share the tiles of one key head
+  int64_t parts = 1;                    // tasks that share the tiles of one key head
   float* partial = nullptr;  // [B Hkv parts, 2, Tk, padded D]: their sums, if there are several
 
   int64_t group() const { return heads / kv_heads; }
