@@ -16,13 +16,11 @@ static_assert(kStreamed % (kStreams * kLanes) == 0, "vectors must tile the strea
 struct Single {
   using Word = float;
   static constexpr int kPer = 1;
-  static constexpr bool kAhead = false;
   static void read(const float* p, vf* x) { x[0] = load<vf>(p); }
 };
 struct Brain {
   using Word = uint16_t;
   static constexpr int kPer = 2;
-  static constexpr bool kAhead = false;
   static void read(const uint16_t* p, vf* x) {
     vu pairs;
     memcpy(&pairs, p, sizeof(pairs));
@@ -33,7 +31,6 @@ struct Brain {
 struct Half {
   using Word = uint16_t;
   static constexpr int kPer = 1;
-  static constexpr bool kAhead = false;
   static void read(const uint16_t* p, vf* x) {
     vu16 h;
     memcpy(&h, p, sizeof(h));
@@ -42,9 +39,7 @@ struct Half {
 };
 
 // Single, with the next page of each stream fetched ahead.
-struct SingleAhead : Single {
-  static constexpr bool kAhead = true;
-};
+struct SingleAhead : Single {};
 
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"  // of GCC 12's own intrinsics
@@ -96,7 +91,7 @@ constexpr int64_t kPage = 4096, kHead = 512;
 
 template <class E>
 static inline bool is_head(const void* row) {
-  return E::kAhead && (uintptr_t)row % kPage < kHead;
+  return std::is_same_v<E, SingleAhead> && (uintptr_t)row % kPage < kHead;
 }
 
 // Inlined always: GCC drops calls of a function that does nothing but prefetch.
