@@ -42,6 +42,7 @@ static void forward_elements(const SplineArgs& a, int64_t row, int64_t slot, int
   for (int64_t begin = 0; begin < n; begin += kGroup * kLanes) {
     for_group(begin, n, [&](int g, int64_t i, int64_t count) {
       Parameters<kBins> p;
+#pragma GCC unroll 3
       for (int j = 0; j < 3; ++j)
         load_segment(a, j, shape.bins - (j == 2), row, slot + i, count, p.raw[j]);
       const vf at = load_lanes(x + i, count);
@@ -98,6 +99,7 @@ static void backward_elements(const SplineArgs& a, int64_t row, int64_t slot, in
   for (int64_t begin = 0; begin < n; begin += kGroup * kLanes) {
     for_group(begin, n, [&](int g, int64_t i, int64_t count) {
       Parameters<kBins>& p = parameters[g];
+#pragma GCC unroll 3
       for (int j = 0; j < 3; ++j)
         load_segment(a, j, shape.bins - (j == 2), row, slot + i, count, p.raw[j]);
       const vf at = load_lanes(x + i, count);

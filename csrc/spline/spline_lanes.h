@@ -24,6 +24,7 @@ struct Parameters {
 // overlap.
 static inline void load_columns(const float* p, int64_t stride, int count, vf* x) {
   int c = 0;
+#pragma GCC unroll 8
   for (; c + 4 <= count; c += 4) load_columns4(p + c, stride, x + c);
   if (c == count) return;
   if (count >= 4) return load_columns4(p + count - 4, stride, x + count - 4);
@@ -44,8 +45,8 @@ static inline void store_columns(float* p, int64_t stride, int count, const vf* 
 
 // Segment j of the parameters of slots [slot, slot + n), n <= kLanes; the lanes beyond repeat the
 // first element.
-static void load_any_segment(const SplineArgs& a, int j, int count, int64_t row, int64_t slot,
-                             int64_t n, vf* x) {
+[[gnu::noinline]] static void load_any_segment(const SplineArgs& a, int j, int count, int64_t row,
+                                               int64_t slot, int64_t n, vf* x) {
   const Operand& raw = a.raw[j];
   const int64_t at = row * raw.row_stride + slot * a.step[j];
   float rows[kLanes][kMaxBins];
@@ -61,19 +62,34 @@ static void load_any_segment(const SplineArgs& a, int j, int count, int64_t row,
   }
   load_columns(rows[0], kMaxBins, count, x);
 }
-// n floats, each line of them. The steps are too many for the core to look so far itself.
+// Lines of n floats, to the second-level cache: the first one would lose them again to what lies
+// between. The steps are too many for the core to look so far itself.
 static inline void prefetch(const float* p, int64_t n) {
-  for (int64_t i = 0; i < n; i += 64 / sizeof(float)) __builtin_prefetch(p + i);
+  for (int64_t i = 0; i < n; i += 64 / sizeof(float)) __builtin_prefetch(p + i, 0, 2);
 }
 
 static inline void load_segment(const SplineArgs& a, int j, int count, int64_t row, int64_t slot,
                                 int64_t n, vf* x) {
   const Operand& raw = a.raw[j];
   if (raw.dtype != DType::f32 || n < kLanes) {
-    return load_any_segment(a, j, count, row, slot, n, x);
+    vf any[kMaxBins];  // copied: what a call has written would not be kept in registers
+    load_any_segment(a, j, count, row, slot, n, any);
+#pragma GCC unroll 8
+    for (int k = 0; k < count; ++k) x[k] = any[k];
+    return;
   }
   const float* p = (const float*)raw.data + row * raw.row_stride + slot * a.step[j];
-  if (j == 0 || !a.joint) prefetch(p + 2 * kGroup * kLanes * a.step[j], kLanes * a.step[j]);
+  // Of the group after the next. AVX-512 asks for a third of what the segments share with each of
+  // them; AVX2 is a tenth slower by that.
+  const int64_t all = kLanes * a.step[j];
+  const float* later = p + 2 * kGroup * all;
+  if (!a.joint) {
+    prefetch(later, all);
+  } else if (kLanes == 16) {
+    prefetch(later + j * (all / 3), all / 3);
+  } else if (j == 0) {
+    prefetch(later, all);
+  }
   load_columns(p, a.step[j], count, x);
 }
 
@@ -155,8 +171,10 @@ static inline vf exp2_softmax(vf x) { return exp2_nonpositive(x); }
 // lost digits, an error does not count.
 static inline vf exponentials(vf* raw, int bins) {
   vf top = raw[0];
+#pragma GCC unroll 8
   for (int k = 1; k < bins; ++k) top = select(raw[k] > top, raw[k], top);
   vf sum = vf{};
+#pragma GCC unroll 8
   for (int k = 0; k < bins; ++k) {
     raw[k] = exp2_softmax((raw[k] - top) * 1.44269504088896341f);
     sum += raw[k];
@@ -178,6 +196,7 @@ struct Found {
 template <bool kInverse, int kBins>
 static inline Found find_bin(const Shape& s, vf at, Parameters<kBins>& p) {
   Found f;
+#pragma GCC unroll 2
   for (int j = 0; j < 2; ++j) {
     f.sum[j] = exponentials(p.raw[j], s.bins);
     f.over[j] = 1.0f / f.sum[j];
@@ -192,9 +211,11 @@ static inline Found find_bin(const Shape& s, vf at, Parameters<kBins>& p) {
   const vf floor = splat<vf>(2.0f * s.bound * s.axis[kAlong].minimum);
   const vf unit = 2.0f * s.bound * s.axis[kAlong].rest * f.over[kAlong];
   vf edge = splat<vf>(-s.bound);
+#pragma GCC unroll 8
   for (int k = 1; k < s.bins; ++k) {
     edge += fma(unit, p.raw[kAlong][k - 1], floor);
     const vi above = at >= edge;
+#pragma GCC unroll 2
     for (int j = 0; j < 2; ++j) {
       f.before[j] = select(above, f.before[j] + p.raw[j][k - 1], f.before[j]);
       f.chosen[j] = select(above, p.raw[j][k], f.chosen[j]);
