@@ -189,7 +189,7 @@ CASES = (
     Case("block-1", "block-1", (1, 1, 191, 16)),
     Case("block", "block", (1, 1, 192, 32)),
     Case("block+1", "block+1", (1, 1, 193, 16)),
-    Case("large", "large", (1, 2, 260, 80)),
+    Case("large", "large", (1, 1, 260, 80)),
     Case("saturated", "boundary", (2, 2, 33, 16), {"values": "saturated"}),
     Case("equal", "boundary", (2, 2, 33, 16), {"values": "equal"}),
     Case("fewer_keys", "boundary", (2, 2, 19, 16), {"keys": 7}),
