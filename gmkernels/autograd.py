@@ -63,8 +63,6 @@ class DifferentiableOp:
         reference: the formula in plain PyTorch on the same arguments, returning a tuple.
         inputs, outputs, kept: how many tensors.
         keeps_outputs: whether backward reads the outputs; then kept is not given.
-        readable: makes a gradient of an output one that the backward operators read; by default
-            its rows are contiguous.
     """
 
     def __init__(
@@ -76,10 +74,8 @@ class DifferentiableOp:
         outputs: int,
         kept: int = 0,
         keeps_outputs: bool = False,
-        readable: Callable[[Tensor], Tensor] = in_rows,
     ) -> None:
         self.name = name
-        self.readable = readable
         self.reference = reference
         self.inputs = inputs
         self.outputs = outputs
@@ -130,8 +126,8 @@ class DifferentiableOp:
         """args: what was kept, and the inputs and constants."""
         backward = dispatch.kernel(self.name, backend).backward
         assert backward is not None
-        given = [g if g is None else self.readable(g) for g in grads]
-        results = backward(*given, *args, needs)
+        rows = [g if g is None else in_rows(g) for g in grads]
+        results = backward(*rows, *args, needs)
         return results if self.inputs > 1 else (results,)
 
     def second_derivatives(

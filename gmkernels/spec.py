@@ -114,8 +114,6 @@ class Op:
         noise: what eps= equals a seed, (inputs, seed) -> eps; normal noise of the first argument's
             shape unless given.
         reads: whether a call hardly writes: the benchmarks hold it against reading alone, too.
-        keeps_order: whether outputs [B, H, T, D] may lie as [B, T, H, D] where the first input
-            does.
         operator: name of the registered operators, where several ops share one; else the op's.
         instructions: ceiling of instructions an element on sm_90 by dtype name, forward kernel.
         peers: implementations of other libraries for the benchmark, by name: same call as eager.
@@ -140,7 +138,6 @@ class Op:
     noisy: bool = False
     noise: Callable[[Inputs, int], Tensor] | None = None
     reads: bool = False
-    keeps_order: bool = False
     operator: str = ""
     instructions: dict[str, int] = field(default_factory=dict)
     peers: dict[str, Callable[..., Any]] = field(default_factory=dict)

@@ -188,24 +188,12 @@ static void run_tasks(const AttentionArgs& a, int64_t tasks, const Body& body) {
   torch::stable::parallel_for(0, tasks, 1, body);
 }
 
-// An uninitialised tensor of like's shape. On the CPU it has like's order of heads and tokens: of a
-// projection [B, T, H D] the heads lie within the tokens, and joining them again takes no copy.
-static Tensor allocate_heads(const Layout& layout, const Tensor& like, Places& places) {
-  const bool is_by_token = !layout.is_cuda && like.stride(1) < like.stride(2);
-  const int first = is_by_token ? 2 : 1;
-  const int64_t sizes[4] = {like.size(0), like.size(first), like.size(3 - first), like.size(3)};
-  const Tensor made = allocate(layout.op, like, sizes, 4, like.scalar_type());
-  const Tensor heads = is_by_token ? torch::stable::transpose(made, 1, 2) : made;
-  places = {heads.stride(0), heads.stride(1), heads.stride(2)};
-  return heads;
-}
-
 static Two attention_forward(const Tensor& q, const Tensor& k, const MaybeTensor& v,
                              const MaybeTensor& key_mask, const MaybeTensor& cu_seqlens,
                              bool causal, int64_t window, double scale, double softcap) {
   const Layout layout("attention", q);
   AttentionArgs a = read_args(layout, q, k, v, scale, softcap);
-  const Tensor o = v ? allocate_heads(layout, q, a.q_places) : allocate_nothing(layout.op, q);
+  const Tensor o = v ? allocate_like(layout.op, q) : allocate_nothing(layout.op, q);
   const int64_t sizes[3] = {a.batches, a.heads, a.queries};
   const Tensor lse = allocate(layout.op, q, sizes, 3, ScalarType::Float);
   a.o_out = o.data_ptr();
@@ -264,14 +252,13 @@ static Three attention_backward(const MaybeTensor& dout, const MaybeTensor& dlse
                                 dlse ? statistic(layout, a, "dlse", *dlse) : lse};
   a.lse = (const float*)statistics[0].data_ptr();
   a.dlse = dlse ? (const float*)statistics[1].data_ptr() : nullptr;
-  const auto wanted = [&](int bit, const MaybeTensor& like, void*& slot, Places& places) {
+  const auto wanted = [&](int bit, const MaybeTensor& like, void*& slot) {
     if (!(needs >> bit & 1) || !like) return allocate_nothing(layout.op, q);
-    const Tensor gradient = allocate_heads(layout, *like, places);
+    const Tensor gradient = allocate_like(layout.op, *like);
     slot = gradient.data_ptr();
     return gradient;
   };
-  const Tensor dq = wanted(0, q, a.dq, a.q_places), dk = wanted(1, k, a.dk, a.k_places),
-               dv = wanted(2, v, a.dv, a.v_places);
+  const Tensor dq = wanted(0, q, a.dq), dk = wanted(1, k, a.dk), dv = wanted(2, v, a.dv);
   if (layout.is_cuda) {
 #if defined(GM_CUDA)
     CudaCall call(layout, a, q, key_mask, cu_seqlens, causal, window);

@@ -7,11 +7,6 @@
 
 namespace gm {
 
-// Where the rows of an output [B, H, T, D] lie, in elements; contiguous along D.
-struct Places {
-  int64_t batch = 0, head = 0, row = 0;
-};
-
 // One call. Query i of batch b sees the keys [lo, hi) of [b * range_stride + i], both of which
 // never decrease with i, but for those where key_mask is false.
 struct AttentionArgs {
@@ -24,13 +19,12 @@ struct AttentionArgs {
   int64_t range_stride;
   const uint8_t* key_mask = nullptr;  // [B, Tk], null where no key in [lo, hi) is hidden
   float scale, softcap;               // softcap 0: none
-  // Forward: outputs, lse contiguous.
+  // Forward: contiguous outputs.
   void* o_out = nullptr;
   float* lse_out = nullptr;
-  // Backward: gradients in q's dtype, null where not wanted.
+  // Backward: contiguous gradients in q's dtype, null where not wanted.
   void *dq = nullptr, *dk = nullptr, *dv = nullptr;
-  Places q_places, k_places, v_places;  // of o and dq, of dk, of dv; all contiguous on the GPU
-  int64_t parts = 1;                    // tasks that share the tiles of one key head
+  int64_t parts = 1;         // tasks that share the tiles of one key head
   float* partial = nullptr;  // [B Hkv parts, 2, Tk, padded D]: their sums, if there are several
 
   int64_t group() const { return heads / kv_heads; }

@@ -12,17 +12,19 @@ constexpr int kBackwardKeys = 48;  // of a block: two blocks of scores live at o
 static_assert(kBackwardKeys % kRows == 0 && kBackwardKeys % 2 == 0,
               "rows and pairs must tile the keys");
 
-// Sums of dk or dv [keys, padded D] of a key head times a factor, into rows of an output from the
-// j-th on.
-static inline void write_sums(const AttentionArgs& a, const float* sums, int64_t pair, int64_t j,
-                              int64_t keys, float factor, void* out, const Places& places) {
-  const int64_t wide = padded(a.width), b = pair / a.kv_heads, h = pair % a.kv_heads;
-  for (int64_t i = 0; i < keys; ++i, sums += wide) {
-    char* row = output_row(out, a.q.dtype, places, b, h, j + i);
-    for_vectors(a.width, [&](auto lane, int64_t d) {
-      store_as(row, a.q.dtype, d, load<decltype(lane)>(sums + d) * factor);
+// Element (b, h, t) of a contiguous [B, H, T, D] output.
+static inline char* output_row(void* out, DType dtype, int64_t width, int64_t row) {
+  return (char*)out + row * width * (dtype == DType::f32 ? 4 : 2);
+}
+
+// Sums of dk or dv [keys, row] times a factor, into rows of an output.
+static inline void write_sums(const float* sums, int64_t row, int64_t keys, float factor, void* out,
+                              DType dtype, int64_t width) {
+  for (int64_t j = 0; j < keys; ++j)
+    for_vectors(width, [&](auto lane, int64_t d) {
+      using F = decltype(lane);
+      store_as(output_row(out, dtype, width, j), dtype, d, load<F>(sums + j * row + d) * factor);
     });
-  }
 }
 
 template <class S>
@@ -65,9 +67,9 @@ class Backward {
     if (!a_.dq) return;
     alignas(64) float scale[kTile];
     std::fill_n(scale, kTile, a_.scale);
-    write_turned(dq_.get(), scale, t.n, a_.width,
-                 output_row(a_.dq, a_.q.dtype, a_.q_places, t.b, t.h, t.i), a_.q_places.row,
-                 a_.q.dtype);
+    const int64_t row = (t.b * a_.heads + t.h) * a_.queries + t.i;
+    write_turned(dq_.get(), scale, t.n, a_.width, output_row(a_.dq, a_.q.dtype, a_.width, row),
+                 a_.width, a_.q.dtype);
   }
 
  private:
@@ -184,8 +186,13 @@ static void backward_tasks(const AttentionArgs& a, int64_t begin, int64_t end) {
       for (int64_t i = part; i < tiles; i += a.parts)
         backward.run(Tile(a, b, h, from_both_ends(i, tiles)), sums);
     if (a.partial) continue;
-    if (a.dk) write_sums(a, sums, pair, 0, a.keys, a.scale, a.dk, a.k_places);
-    if (a.dv) write_sums(a, sums + size, pair, 0, a.keys, 1.0f, a.dv, a.v_places);
+    const int64_t row = pair * a.keys;
+    if (a.dk)
+      write_sums(sums, wide, a.keys, a.scale, output_row(a.dk, a.q.dtype, a.width, row), a.q.dtype,
+                 a.width);
+    if (a.dv)
+      write_sums(sums + size, wide, a.keys, 1.0f, output_row(a.dv, a.q.dtype, a.width, row),
+                 a.q.dtype, a.width);
   }
 }
 
@@ -203,8 +210,8 @@ static inline void sum_parts(const AttentionArgs& a, int64_t begin, int64_t end)
         });
       void* out = half ? a.dv : a.dk;
       if (out)
-        write_sums(a, first, pair, j, 1, half ? 1.0f : a.scale, out,
-                   half ? a.v_places : a.k_places);
+        write_sums(first, wide, 1, half ? 1.0f : a.scale, output_row(out, a.q.dtype, a.width, task),
+                   a.q.dtype, a.width);
     }
   }
 }

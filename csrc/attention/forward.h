@@ -10,13 +10,6 @@ namespace GM_ISA {
 constexpr int kKeys = 96;  // of a block
 static_assert(kKeys % kRows == 0 && kKeys % 2 == 0, "rows and pairs must tile the keys");
 
-// Row t of head h of an output.
-static inline char* output_row(void* out, DType dtype, const Places& places, int64_t b, int64_t h,
-                               int64_t t) {
-  const int64_t at = b * places.batch + h * places.head + t * places.row;
-  return (char*)out + at * (dtype == DType::f32 ? 4 : 2);
-}
-
 template <class S>
 class Forward {
   using Word = typename S::Word;
@@ -83,9 +76,9 @@ class Forward {
     }
     memcpy(a_.lse_out + at, run.shrink, t.n * sizeof(float));
     if (!a_.has_values) return;
-    write_turned(out_.get(), inverse, t.n, a_.width,
-                 output_row(a_.o_out, a_.q.dtype, a_.q_places, t.b, t.h, t.i), a_.q_places.row,
-                 a_.q.dtype);
+    const int64_t bytes = a_.q.dtype == DType::f32 ? 4 : 2;
+    write_turned(out_.get(), inverse, t.n, a_.width, (char*)a_.o_out + at * a_.width * bytes,
+                 a_.width, a_.q.dtype);
   }
 
   const AttentionArgs& a_;

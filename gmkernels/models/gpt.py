@@ -103,7 +103,7 @@ class _Layer(nn.Module):
         self, x: Tensor, attend: Callable[..., Tensor], turn: Callable[[Tensor], Tensor]
     ) -> Tensor:
         qkv = self.qkv(self.norm1(x)).unflatten(2, (sum(self.heads), -1))
-        q, k, v = (heads.transpose(1, 2) for heads in qkv.split(self.heads, 2))
+        q, k, v = qkv.transpose(1, 2).split(self.heads, 1)
         o = attend(turn(self.q_norm(q)), turn(self.k_norm(k)), v)
         x = x + self.dropout(self.out(o.transpose(1, 2).flatten(2)))
         return x + self.dropout(self.down(gelu(self.up(self.norm2(x)))))

@@ -16,19 +16,8 @@ from gmkernels.ops.attention.options import check_grouped, scale_of, softcap_of,
 __all__ = ["attention_logsumexp", "causal_attention", "full_attention"]
 
 dispatch.load_family(__name__, ("attention",))
-
-
-def _last_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 _attention = DifferentiableOp(
-    "attention",
-    reference.attention,
-    inputs=3,
-    outputs=2,
-    keeps_outputs=True,
-    readable=_last_contiguous,
+    "attention", reference.attention, inputs=3, outputs=2, keeps_outputs=True
 )
 
 
@@ -77,6 +66,10 @@ def _check_cu_seqlens(op: str, cu_seqlens: Any, q: Tensor, k: Tensor) -> None:
             f"{op}: packed sequences lie one after another in q [1, H, total, D] and k, v of as "
             f"many tokens, got {tuple(q.shape)} and {tuple(k.shape)}"
         )
+
+
+def _last_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _attend(
@@ -146,10 +139,7 @@ def causal_attention(
             [1, H, total, D], and sees itself alone. Tokens of no sequence see nothing.
         backend: None chooses; a named backend runs or raises.
     Returns:
-        [B, H, T, D] in q's dtype, contiguous (channels_last if q is). Native CPU kernels keep q's
-        order of heads and tokens: of heads that lie within tokens, as those of a projection do, o
-        is contiguous as [B, T, H, D], so that o.transpose(1, 2).flatten(2) takes no copy; and so
-        are the gradients of q, k and v, each by its own tensor.
+        [B, H, T, D] in q's dtype, contiguous (channels_last if q is).
     Raises:
         TypeError, ValueError: shapes, dtypes or devices other than said here; a window below 1.
         RuntimeError: a named backend that cannot run; cu_seqlens that do not ascend from 0 to total
@@ -198,7 +188,7 @@ def full_attention(
         key_mask: bool [B, T_k], True where a key is seen (of padded sequences: torch.arange(T_k) <
             lengths[:, None]); None is all. What is hidden must still be finite.
     Returns:
-        As causal_attention() does; 0 where no key is seen.
+        [B, H, T, D] in q's dtype, contiguous (channels_last if q is); 0 where no key is seen.
     Raises:
         TypeError, ValueError, RuntimeError: as in causal_attention().
 

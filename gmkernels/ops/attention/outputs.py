@@ -6,14 +6,6 @@ from torch import Tensor
 from gmkernels.ops.gaussian.outputs import wanted
 
 
-def ordered_like(made: Tensor, like: Tensor) -> Tensor:
-    """An unfilled tensor as `made`, with heads within tokens if those of `like` lie so."""
-    if like.stride(1) < like.stride(2):
-        b, h, t, d = made.shape
-        return made.new_empty(b, t, h, d).transpose(1, 2)
-    return made
-
-
 def attention_forward(
     q: Tensor,
     k: Tensor,

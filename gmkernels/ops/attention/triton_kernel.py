@@ -10,7 +10,6 @@ import triton
 from torch import Tensor
 
 from gmkernels import dispatch
-from gmkernels.checks import in_rows
 from gmkernels.ops.attention import outputs
 from gmkernels.ops.attention.reference import visible_range
 from gmkernels.ops.attention.triton_backward import dkdv_kernel, dq_kernel
@@ -146,7 +145,6 @@ def attention_backward(
     dq, dk, dv = outputs.wanted(needs, q, k, v)
     if v is None:
         do = None  # there is no o whose gradient could matter
-    do = do if do is None else in_rows(do)
     delta = _delta(do, dlse, o, q)
     low, high = _ranges(q, k, cu_seqlens, causal, window)
     values, gradient = k if v is None else v, q if do is None else do
