@@ -31,6 +31,8 @@ _KEYWORDS_OF_OURS = ("seed", "offset", "generator", "backend")
 class ModelStep:
     """One model's training step, or a sample: how to build the model, and a batch for it.
 
+    The worker process is sent it: functions are those of a module, or partial.
+
     samples: what sample() is given, where that is timed; it is not compiled, its loop being 50
     networks long. headline: whether `make bench` has it. libraries: sides in plain
     PyTorch but for ops with a peer of that name, which it is, eager and compiled; one that is not
@@ -96,32 +98,33 @@ def _writer() -> torch.nn.Module:
     return model
 
 
-def _transformers(n: int) -> Callable[[Any], Callable[[], Tensor]]:
-    def build(model: Any) -> Callable[[], Tensor]:
-        from transformers import GPT2Config, GPT2LMHeadModel
+def _transformers(n: int, model: Any) -> Callable[[], Tensor]:
+    from transformers import GPT2Config, GPT2LMHeadModel
 
-        s = model.sizes
-        config = GPT2Config(
-            vocab_size=s.vocab,
-            n_positions=s.context,
-            n_embd=s.width,
-            n_layer=s.layers,
-            n_head=s.heads,
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=None,
-        )
-        theirs = GPT2LMHeadModel(config).eval()
-        theirs.load_state_dict(gpt2.to_gpt2(model))
-        theirs.to(model.token.weight.device)
-        prompt = _PROMPT.to(model.token.weight.device).expand(n, -1)
-        options = {"max_new_tokens": _TOKENS, "do_sample": False}
-        return lambda: theirs.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
-
-    return build
+    s = model.sizes
+    config = GPT2Config(
+        vocab_size=s.vocab,
+        n_positions=s.context,
+        n_embd=s.width,
+        n_layer=s.layers,
+        n_head=s.heads,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    theirs = GPT2LMHeadModel(config).eval()
+    theirs.load_state_dict(gpt2.to_gpt2(model))
+    theirs.to(model.token.weight.device)
+    prompt = _PROMPT.to(model.token.weight.device).expand(n, -1)
+    options = {"max_new_tokens": _TOKENS, "do_sample": False}
+    return lambda: theirs.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
 
 
 _PROMPT, _TOKENS = torch.arange(16), 48
+
+
+def _made() -> autoregressive.MADE:
+    return autoregressive.MADE(64, 17)
 
 
 def _writing(n: int) -> ModelStep:
@@ -131,14 +134,16 @@ def _writing(n: int) -> ModelStep:
         _writer,
         functools.partial(_characters, 12, 64),
         {"n": n, "prompt": _PROMPT, "tokens": _TOKENS, "temperature": 0},
-        peers={"transformers": _transformers(n)} if find_spec("transformers") else {},
+        peers={"transformers": functools.partial(_transformers, n)}
+        if find_spec("transformers")
+        else {},
     )
 
 
 MODEL_STEPS = (
     ModelStep("VAE", "digits, batch of 100", vae.digits_vae, _digits, headline=True),
     ModelStep("diffusion U-Net", "digits, batch of 100", _digits_diffusion, _digits),
-    ModelStep("MADE", "digits, batch of 100", lambda: autoregressive.MADE(64, 17), _digits),
+    ModelStep("MADE", "digits, batch of 100", _made, _digits),
     ModelStep(
         "diffusion U-Net",
         "digits, 64 by 50 DDIM steps",

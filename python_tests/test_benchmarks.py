@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import io
 import os
+import pickle
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -358,6 +359,8 @@ def test_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     every = command.plans(command.parser().parse_args(["--device", "cpu"]))
     assert all(len(every[0].rows) > len(p.rows) for p in (first, every[1]))
     assert every[0].models == model_steps.MODEL_STEPS == every[1].models
+    for plan in (first, second, gpt, *every):  # as they go to the worker process
+        assert len(pickle.loads(pickle.dumps(plan)).models) == len(plan.models)
 
 
 def test_a_failing_row_does_not_stop_the_others() -> None:
