@@ -4,6 +4,7 @@
 #pragma once
 
 #include "common/convert.h"
+#include "common/lockstep.h"
 #include "common/math.h"
 #include "common/philox.h"
 #include "common/rows.h"
@@ -25,13 +26,31 @@ static inline void for_vectors(int64_t n, Body body) {
   for (; i < n; ++i) body(float{}, i);
 }
 
-// A sum over a block: lanes first, then the tail.
+// A sum over a block: float32 over four vectors, double between them and over the lanes.
 struct BlockSum {
-  vf lanes{};
-  float tail = 0.0f;
-  void add(vf x) { lanes += x; }
-  void add(float x) { tail += x; }
-  double total() const { return (double)sum_lanes(lanes) + (double)tail; }
+  vf four{};
+  vd low{}, high{};  // of the lower and the upper lanes
+  double tail = 0.0;
+  int vectors = 0;
+  void add(vf x) {
+    four += x;
+    if (++vectors % 4 == 0) widen();
+  }
+  void add(float x) { tail += (double)x; }
+  void widen() {
+    vec_of<float, kLanes / 2>::type half[2];
+    memcpy(half, &four, sizeof(four));
+    low += __builtin_convertvector(half[0], vd);
+    high += __builtin_convertvector(half[1], vd);
+    four = vf{};
+  }
+  double total() {
+    widen();
+    const vd lanes = low + high;
+    double sum = tail;
+    for (int i = 0; i < kLanes / 2; ++i) sum += lanes[i];
+    return sum;
+  }
 };
 
 // Elements [start, start + n) of a row as float32: in place if they are, else in the buffer. An
@@ -107,27 +126,6 @@ static inline void close_block(const Result& y, int64_t row, int64_t start, int6
   for (; i < n; ++i) out[i] = is_bf16 ? to_bf16(buffer.data[i]) : to_f16(buffer.data[i]);
 }
 
-// N vectors of words in lockstep: steps that do not wait for each other stand side by side, so that
-// the core's window holds all N chains at once.
-template <int N>
-struct Lockstep {
-  vu64 part[N];
-};
-template <int N>
-static inline Lockstep<N> operator^(Lockstep<N> a, const Lockstep<N>& b) {
-  for (int i = 0; i < N; ++i) a.part[i] ^= b.part[i];
-  return a;
-}
-template <int N>
-static inline Lockstep<N> operator^(Lockstep<N> a, uint32_t key) {
-  for (int i = 0; i < N; ++i) a.part[i] ^= key;
-  return a;
-}
-template <int N>
-static inline void mulhilo(const Lockstep<N>& a, uint32_t m, Lockstep<N>& hi, Lockstep<N>& lo) {
-  for (int i = 0; i < N; ++i) mulhilo(a.part[i], m, hi.part[i], lo.part[i]);
-}
-
 // kGroups kLanes counters (d / 4, row, stream) -> the four words of each, as vectors of counters,
 // four of them a group.
 template <int kGroups = 1>
@@ -135,7 +133,7 @@ static inline void philox_words(const NoiseKey& key, uint64_t row, uint32_t coun
   static const uint64_t kEven[8] = {0, 2, 4, 6, 8, 10, 12, 14};
   vu64 even;
   memcpy(&even, kEven, sizeof(even));
-  Lockstep<2 * kGroups> c[4];  // of each group the even counters, then the odd ones
+  Lockstep<vu64, 2 * kGroups> c[4];  // of each group the even counters, then the odd ones
   for (int i = 0; i < 2 * kGroups; ++i) {
     c[0].part[i] = even + (counter + (uint32_t)(i / 2 * kLanes + i % 2));
     c[1].part[i] = vu64{} + (uint32_t)row;
@@ -148,24 +146,62 @@ static inline void philox_words(const NoiseKey& key, uint64_t row, uint32_t coun
       words[4 * i + j] = interleave_words(c[j].part[2 * i], c[j].part[2 * i + 1]);
 }
 
+// Groups of 4 kLanes words to as many normals.
+#if defined(__AVX512F__)
+static inline void normals_of(vu* words, int64_t groups, float* out) {
+  for (int64_t g = 0; g < groups; ++g, words += 4, out += 4 * kLanes) {
+    vf n[4];
+    normal_pair(words[0], words[1], n[0], n[1]);
+    normal_pair(words[2], words[3], n[2], n[3]);
+    store_transposed4(out, n[0], n[1], n[2], n[3]);
+  }
+}
+#else
+// Fewer registers and a shorter window of instructions: radii first, then angles, kStep groups in
+// lockstep.
+template <int kStep>
+[[gnu::always_inline]] static inline void radii_of(vu* words) {
+  Lockstep<vu, 2 * kStep> w;
+  for (int i = 0; i < 2 * kStep; ++i) w.part[i] = words[2 * i];
+  const auto radius = normal_radius<Lockstep<vf, 2 * kStep> >(w);
+  for (int i = 0; i < 2 * kStep; ++i) words[2 * i] = (vu)radius.part[i];
+}
+template <int kStep>
+[[gnu::always_inline]] static inline void normals_at(const vu* words, float* out) {
+  Lockstep<vu, 2 * kStep> w;
+  Lockstep<vf, 2 * kStep> radius, n0, n1;
+  for (int i = 0; i < 2 * kStep; ++i) {
+    radius.part[i] = (vf)words[2 * i];
+    w.part[i] = words[2 * i + 1];
+  }
+  normals_at(radius, w, n0, n1);
+  for (int i = 0; i < 2 * kStep; i += 2)
+    store_transposed4(out + 2 * i * kLanes, n0.part[i], n1.part[i], n0.part[i + 1], n1.part[i + 1]);
+}
+static inline void normals_of(vu* words, int64_t groups, float* out) {
+  int64_t g = 0;
+  for (; g + 2 <= groups; g += 2) radii_of<2>(words + 4 * g);
+  if (g < groups) radii_of<1>(words + 4 * g);
+  for (g = 0; g + 2 <= groups; g += 2) normals_at<2>(words + 4 * g, out + 4 * g * kLanes);
+  if (g < groups) normals_at<1>(words + 4 * g, out + 4 * g * kLanes);
+}
+#endif
+
 // Standard normals at positions [start, start + n) of a row; start is a multiple of 4, n at most
 // kBlock. Writes whole groups of 4 kLanes, up to 4 kLanes - 1 floats past the end. Words first,
 // then normals: two short loops of independent steps keep the core busy where one long chain would
 // wait.
 static inline void normals(const NoiseKey& key, int64_t row, int64_t start, int64_t n, float* out) {
+  constexpr int64_t kGroup = 4 * kLanes;
   alignas(64) vu words[kBlock / kLanes];
   const uint64_t noise_row = key.offset + (uint64_t)row;
-  int64_t at = 0;
-  for (; at + 4 * kLanes < n; at += 8 * kLanes)
-    philox_words<2>(key, noise_row, (uint32_t)((start + at) / 4), words + at / kLanes);
-  if (at < n) philox_words(key, noise_row, (uint32_t)((start + at) / 4), words + at / kLanes);
-  for (int64_t i = 0; i < n; i += 4 * kLanes) {
-    const vu* w = words + i / kLanes;
-    vf n0, n1, n2, n3;
-    normal_pair(w[0], w[1], n0, n1);
-    normal_pair(w[2], w[3], n2, n3);
-    store_transposed4(out + i, n0, n1, n2, n3);
-  }
+  const uint32_t counter = (uint32_t)(start / 4);
+  const int64_t groups = (n + kGroup - 1) / kGroup;
+  int64_t g = 0;
+  for (; g + 2 <= groups; g += 2)
+    philox_words<2>(key, noise_row, counter + (uint32_t)g * kLanes, words + 4 * g);
+  if (g < groups) philox_words(key, noise_row, counter + (uint32_t)g * kLanes, words + 4 * g);
+  normals_of(words, groups, out);
 }
 
 // Uniforms in (0, 1] likewise.

@@ -2,7 +2,7 @@
 // write them in place or through a table, and copy what passes.
 #pragma once
 
-#include "common/block.h"
+#include "common/ahead.h"
 #include "common/slots.h"
 
 namespace gm {
@@ -107,25 +107,6 @@ static inline void for_parts(const Slots& a, int64_t start, int64_t n, Transform
   for_runs(a, start, middle - start, transformed);
   for_runs(a, middle, end - middle, passed);
 }
-
-// How many rows ahead of the one in work memory is asked for its lines; 0: not at all. far: the
-// call reads more than the caches hold.
-static inline int64_t rows_ahead(bool far, int64_t columns) {
-  constexpr int64_t kElements = 4096;  // no nearer: hardware looks as far itself
-  if (!far || columns > kChunk) return 0;
-  return columns < kElements ? kElements / columns : 1;
-}
-
-// The lines of a later row, asked for while this one is computed; at: where slot 0 of a block is.
-struct Ahead {
-  const char* line;
-  int64_t size;  // bytes an element
-  Ahead(const Operand& x, int64_t row, int64_t at) : size(x.dtype == DType::f32 ? 4 : 2) {
-    line = (const char*)x.data + (row * x.row_stride + at) * size;
-  }
-  // Inlined always: GCC drops calls of a function that does nothing but prefetch.
-  [[gnu::always_inline]] void ask(int64_t i) const { __builtin_prefetch(line + i * size, 0, 2); }
-};
 
 // Both parts of a row with slots: the transformed one, and of the other as much.
 struct RowAhead {

@@ -16,26 +16,16 @@ static double forward_block(const CouplingArgs& a, int64_t row, int64_t slot, in
   const float* raw = kScale == Scale::additive ? x : load_block(a.raw, row, slot, n, buffers[2]);
   const Out y = open_slots(a.y, row, out_at, buffers[3]);
   BlockSum sum;
-  const auto compute = [&](auto ask) {
-    for_vectors(n, [&](auto lane, int64_t i) {
-      using F = decltype(lane);
-      ask(i);
-      const auto s = scaling<kScale, kInverse>(load<F>(raw + i), a.clamp, inverse_clamp);
-      sum.add(s.log_s);
-      put<F>(y, i, mapped<kInverse>(load<F>(x + i), load<F>(shift + i), s.s));
-    });
+  const RowAhead next_x(a.x, a, row + ahead, slot);
+  const Ahead next_shift(a.shift, row + ahead, slot);
+  const Ahead next_raw(kScale == Scale::additive ? a.shift : a.raw, row + ahead, slot);
+  const auto body = [&](auto lane, int64_t i) {
+    using F = decltype(lane);
+    const auto s = scaling<kScale, kInverse>(load<F>(raw + i), a.clamp, inverse_clamp);
+    sum.add(s.log_s);
+    put<F>(y, i, mapped<kInverse>(load<F>(x + i), load<F>(shift + i), s.s));
   };
-  if (!ahead) {
-    compute([](int64_t) {});
-  } else {
-    const RowAhead next_x(a.x, a, row + ahead, slot);
-    const Ahead next_shift(a.shift, row + ahead, slot), next_raw(a.raw, row + ahead, slot);
-    compute([&](int64_t i) __attribute__((always_inline)) {
-      next_x.ask(i);
-      next_shift.ask(i);
-      if (kScale != Scale::additive) next_raw.ask(i);
-    });
-  }
+  for_vectors_ahead(ahead, n, body, next_x, next_shift, next_raw);
   close_slots(a.y, a.to, a.inner, row, slot, out_at, n, buffers[3]);
   return sum.total();
 }
@@ -71,31 +61,20 @@ static void backward_block(const CouplingArgs& a, int64_t row, int64_t slot, int
   const Out dx = open_slots(a.dx, row, in_at, buffers[5]);
   const Out dshift = open_block(a.dshift, row, slot, buffers[6]);
   const Out draw = open_block(a.draw, row, slot, buffers[7]);
-  const auto compute = [&](auto ask) {
-    for_vectors(n, [&](auto lane, int64_t i) {
-      using F = decltype(lane);
-      ask(i);
-      const auto g = coupling_gradients<kScale, kInverse>(
-          load<F>(x + i), load<F>(shift + i), load<F>(raw + i), load<F>(dy + i),
-          load<F>(dlog_det + i), a.clamp, inverse_clamp);
-      put<F>(dx, i, g.dx);
-      put<F>(dshift, i, g.dshift);
-      if constexpr (kScale != Scale::additive) put<F>(draw, i, g.draw);
-    });
+  const RowAhead next_dy(a.dy, a, row + ahead, slot);
+  const Ahead next_x(a.x, row + ahead, a.begin + slot);
+  const Ahead next_shift(kInverse ? a.shift : a.x, row + ahead, kInverse ? slot : a.begin + slot);
+  const Ahead next_raw(kScale == Scale::additive ? a.shift : a.raw, row + ahead, slot);
+  const auto body = [&](auto lane, int64_t i) {
+    using F = decltype(lane);
+    const auto g = coupling_gradients<kScale, kInverse>(
+        load<F>(x + i), load<F>(shift + i), load<F>(raw + i), load<F>(dy + i),
+        load<F>(dlog_det + i), a.clamp, inverse_clamp);
+    put<F>(dx, i, g.dx);
+    put<F>(dshift, i, g.dshift);
+    if constexpr (kScale != Scale::additive) put<F>(draw, i, g.draw);
   };
-  if (!ahead) {
-    compute([](int64_t) {});
-  } else {
-    const RowAhead next_dy(a.dy, a, row + ahead, slot);
-    const Ahead next_x(a.x, row + ahead, a.begin + slot);
-    const Ahead next_shift(a.shift, row + ahead, slot), next_raw(a.raw, row + ahead, slot);
-    compute([&](int64_t i) __attribute__((always_inline)) {
-      next_dy.ask(i);
-      next_x.ask(i);
-      if (kInverse) next_shift.ask(i);
-      if (kScale != Scale::additive) next_raw.ask(i);
-    });
-  }
+  for_vectors_ahead(ahead, n, body, next_dy, next_x, next_shift, next_raw);
   close_slots(a.dx, a.from, a.inner, row, slot, in_at, n, buffers[5]);
   close_block(a.dshift, row, slot, n, buffers[6]);
   if constexpr (kScale != Scale::additive) close_block(a.draw, row, slot, n, buffers[7]);

@@ -1,12 +1,18 @@
-#include "common/block.h"
+#include "common/ahead.h"
 #include "common/pack.h"
 #include "likelihood/likelihood.h"
 
 namespace gm {
 namespace GM_ISA {
 
+// How many rows ahead a call that writes next to nothing asks for.
+static inline int64_t look_ahead(const LikelihoodArgs& a) {
+  return rows_ahead(a.rows * a.columns * (int64_t)sizeof(float) >= kStreamBytes, a.columns);
+}
+
 template <bool kLogvar>
 static void gaussian_tasks(const LikelihoodArgs& a, double* sums, int64_t begin, int64_t end) {
+  const int64_t ahead = look_ahead(a);
   for_chunks(a.columns, begin, end, [&](int64_t task, int64_t row, int64_t start, int64_t n) {
     double total = 0.0;
     for_blocks(start, n, [&](int64_t at, int64_t count) {
@@ -14,8 +20,10 @@ static void gaussian_tasks(const LikelihoodArgs& a, double* sums, int64_t begin,
       const float* x = load_block(a.x, row, at, count, buffers[0]);
       const float* m = load_block(a.mean, row, at, count, buffers[1]);
       const float* l = kLogvar ? load_block(a.logvar, row, at, count, buffers[2]) : x;
+      const Ahead next_x(a.x, row + ahead, at), next_mean(a.mean, row + ahead, at);
+      const Ahead next_logvar(kLogvar ? a.logvar : a.x, row + ahead, at);
       BlockSum sum;
-      for_vectors(count, [&](auto lane, int64_t i) {
+      const auto body = [&](auto lane, int64_t i) {
         using F = decltype(lane);
         const F gap = load<F>(x + i) - load<F>(m + i);
         if constexpr (kLogvar) {
@@ -24,7 +32,8 @@ static void gaussian_tasks(const LikelihoodArgs& a, double* sums, int64_t begin,
         } else {
           sum.add(gap * gap);
         }
-      });
+      };
+      for_vectors_ahead(ahead, count, body, next_x, next_mean, next_logvar);
       total += sum.total();
     });
     sums[task] = total;
@@ -70,17 +79,20 @@ static void gaussian_backward(const LikelihoodArgs& a, double* sums, int64_t beg
 }
 
 static void bernoulli(const LikelihoodArgs& a, double* sums, int64_t begin, int64_t end) {
+  const int64_t ahead = look_ahead(a);
   for_chunks(a.columns, begin, end, [&](int64_t task, int64_t row, int64_t start, int64_t n) {
     double total = 0.0;
     for_blocks(start, n, [&](int64_t at, int64_t count) {
       Buffer buffers[2];
       const float* x = load_block(a.x, row, at, count, buffers[0]);
       const float* s = load_block(a.mean, row, at, count, buffers[1]);
+      const Ahead next_x(a.x, row + ahead, at), next_logits(a.mean, row + ahead, at);
       BlockSum sum;
-      for_vectors(count, [&](auto lane, int64_t i) {
+      const auto body = [&](auto lane, int64_t i) {
         using F = decltype(lane);
         sum.add(bernoulli_term(load<F>(x + i), load<F>(s + i)));
-      });
+      };
+      for_vectors_ahead(ahead, count, body, next_x, next_logits);
       total += sum.total();
     });
     sums[task] = total;

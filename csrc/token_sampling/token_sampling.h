@@ -74,9 +74,10 @@ GM_HD double fixed_point(float e) { return ((double)e * 0x1p33 + 0x1.8p52) - 0x1
 // of the two where 1 - u is near 1.
 template <class F, class U>
 GM_HD F gumbel(U word) {
-  BinaryParts<F> rest = binary_parts(uniform_from(to_float(~word)));
-  rest.f = select(rest.k == 0, -uniform_from(to_float(word)), rest.f);
-  return minus_two_ln(minus_two_ln(rest));
+  int_of<F> k;
+  F f;
+  binary_parts(uniform_from(to_float(~word)), k, f);
+  return minus_two_ln(minus_two_ln(k, select(k == 0, -uniform_from(to_float(word)), f)));
 }
 
 }  // namespace GM_ISA

@@ -223,6 +223,7 @@ _MASKS = (
 _SHAPE = (4, 8, 1024, 64)
 _GPT = Case("4x8x1024x64", "large", _SHAPE)
 _BF16 = torch.bfloat16
+_DRAWS = (16, "a probability near 1 or a score of tens magnifies what is rounded, for either side")
 
 
 def _case(b: int, h: int, t: int, d: int, **options: Any) -> Case:
@@ -270,6 +271,7 @@ OPS = (
         gradient_flops=_flops(True, 5),
         source="Vaswani et al. 2017, eq. 1; Dao et al. 2022",
         floor=(4.0, "scores, the sum, the quotient and the output round once each"),
+        draws=_DRAWS,
         operator="attention",
         peers={"SDPA": sdpa_causal_attention},
     ),
@@ -292,6 +294,7 @@ OPS = (
         gradient_flops=_flops(False, 5),
         source="Vaswani et al. 2017, eq. 1; Dao et al. 2022",
         floor=(4.0, "scores, the sum, the quotient and the output round once each"),
+        draws=_DRAWS,
         operator="attention",
         peers={"SDPA": sdpa_full_attention},
     ),
@@ -316,6 +319,7 @@ OPS = (
         gradient_flops=_flops(True, 3),
         source="Dao et al. 2022, algorithm 1",
         floor=(4.0, "scores, the maximum, the logarithm and their sum round once each"),
+        draws=_DRAWS,
         operator="attention",
     ),
 )

@@ -15,11 +15,24 @@ from gmkernels.ops.attention.triton_device import (
 
 
 @triton.jit
-def load_statistics(lse_ptr, delta_ptr, i, queries):
-    """lse in powers of two (0 where no key is seen) and delta of queries i."""
+def load_statistics(lse_ptr, delta_ptr, i, queries, NATS: tl.constexpr):
+    """lse in the scores' unit (0 where no key is seen) and delta of queries i."""
     lse = tl.load(lse_ptr + i, mask=i < queries, other=0.0)
     delta = tl.load(delta_ptr + i, mask=i < queries, other=0.0)
-    return tl.where(lse == float("-inf"), 0.0, lse * LOG2E), delta
+    if not NATS:
+        lse *= LOG2E
+    return tl.where(lse == float("-inf"), 0.0, lse), delta
+
+
+@triton.jit
+def probability(s, lse, NATS: tl.constexpr):
+    """exp(s - lse). float32 scores are in nats as lse is, so that lse, which may be tens, rounds
+    once; 16-bit ones in powers of two, an instruction less.
+    """
+    if NATS:
+        return tl.exp(s - lse)
+    else:
+        return tl.exp2(s - lse)
 
 
 @triton.jit
@@ -31,7 +44,7 @@ def dq_block(
     """dq after keys j."""
     k = load_rows(k_ptr, k_stride, j, keys, D, BD)
     s, slope = scaled(tl.dot(q, tl.trans(k), input_precision="ieee"), factor, inner, SOFTCAP)
-    p = tl.exp2(s - lse[:, None])
+    p = probability(s, lse[:, None], q.dtype == tl.float32)
     if DO:
         v = load_rows(v_ptr, v_stride, j, keys, D, BD)
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
@@ -74,7 +87,8 @@ def dq_kernel(
     if DO:
         do = load_rows(do_ptr + b * do_batch + h * queries * D, D, i, queries, D, BD)
     at = pair * queries
-    lse, delta = load_statistics(lse_ptr + at, delta_ptr + at, i, queries)
+    NATS: tl.constexpr = q.dtype == tl.float32
+    lse, delta = load_statistics(lse_ptr + at, delta_ptr + at, i, queries, NATS)
     k_ptr += b * k_batch + h // group * k_head
     v_ptr += b * v_batch + h // group * v_head
     mask_ptr += b * keys
@@ -107,9 +121,10 @@ def dkdv_block(
 ):  # fmt: skip
     """dk and dv after queries i."""
     q = load_rows(q_ptr, q_stride, i, queries, D, BD)
-    lse, delta = load_statistics(lse_ptr, delta_ptr, i, queries)
+    NATS: tl.constexpr = q.dtype == tl.float32
+    lse, delta = load_statistics(lse_ptr, delta_ptr, i, queries, NATS)
     s, slope = scaled(tl.dot(k, tl.trans(q), input_precision="ieee"), factor, inner, SOFTCAP)
-    p = tl.exp2(s - lse[None, :])  # [C, R]: transposed
+    p = probability(s, lse[None, :], q.dtype == tl.float32)  # [C, R]: transposed
     if HIDING:
         seen = (i[None, :] >= low[:, None]) & (i[None, :] < high[:, None])
         if KEY_MASK:

@@ -89,7 +89,7 @@ def store_rows(ptr, t, rows, x, D: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit
 def scaled(s, factor, inner, SOFTCAP: tl.constexpr):
-    """Scores in powers of two, and what the softcap multiplies their gradient by."""
+    """Scores in the unit of `factor`, and what the softcap multiplies their gradient by."""
     if SOFTCAP:
         t = tanh(s * inner)
         return t * factor, 1.0 - t * t

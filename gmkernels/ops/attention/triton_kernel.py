@@ -47,9 +47,9 @@ def _strides(*xs: Tensor) -> tuple[int, ...]:
     return tuple(s for x in xs for s in x.stride()[:3])
 
 
-def _factors(scale: float, softcap: float) -> tuple[float, float]:
-    """Of the scores to powers of two, and inside the softcap."""
-    return (softcap * _LOG2E, scale / softcap) if softcap > 0 else (scale * _LOG2E, 0.0)
+def _factors(scale: float, softcap: float, unit: float = _LOG2E) -> tuple[float, float]:
+    """Of the scores to nats times `unit`, powers of two by default; and inside the softcap."""
+    return (softcap * unit, scale / softcap) if softcap > 0 else (scale * unit, 0.0)
 
 
 def _ranges(
@@ -153,7 +153,8 @@ def attention_backward(
     pairs = q.shape[0] * q.shape[1]
     operands = (gradient, q, k, values, lse.contiguous(), delta)
     sizes = (gradient.stride(0), *_strides(q, k, values), q.shape[1], q.shape[1] // k.shape[1])
-    rest = (q.shape[2], k.shape[2], window, scale, *_factors(scale, softcap))
+    unit = 1.0 if q.dtype == torch.float32 else _LOG2E
+    rest = (q.shape[2], k.shape[2], window, scale, *_factors(scale, softcap, unit))
     constants: dict[str, Any] = {
         "CAUSAL": causal,
         "RANGED": cu_seqlens is not None,

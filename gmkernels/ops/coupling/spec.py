@@ -150,6 +150,7 @@ CASES = (
     Case("permutation_wide", "large", (1, 17000), {"permutation": True, "joint": True}),
     Case("board_permuted", "keyword", (3, 3, 4, 6), {"split": "checkerboard", "permutation": True}),
 )
+_DRAWS = (16, "a log_det may be a fiftieth of its terms, and the error of either side chance")
 _BIG = Case("4096x4096", "large", (4096, 4096), {"joint": True})
 _IMAGES = Case("64x48x32x32", "large", (64, 48, 32, 32), {"joint": True})
 
@@ -184,6 +185,7 @@ OPS = (
         bytes=_bytes,
         flops=_flops,
         source="Dinh et al. 2017, eq. 7",
+        draws=_DRAWS,
     ),
     Op(
         name="affine_coupling_inverse",
@@ -200,6 +202,7 @@ OPS = (
         bytes=_bytes,
         flops=_flops,
         source="Dinh et al. 2017, eq. 8",
+        draws=_DRAWS,
         operator="affine_coupling",
     ),
 )

@@ -25,7 +25,7 @@ reads 4 N and writes 4 N (eager: 24 N and 20 N, and eps in memory since the nois
 types read x0 too. Flops: 4 N, and 45 N for the noise.
 
 Numerics. Levels are float32, rounded once from float64 (float64 for float64 inputs); sums are
-float32 in blocks of 512, double between them. An operand that (p, q) multiply by 0 is not read.
+float32 over four vectors, double between them. An operand that (p, q) multiply by 0 is not read.
 
 Edge cases: no columns give a NaN loss, a mean over nothing; a NaN element gives NaN in its row
 alone; a time outside the table gives a row of NaN, and an error from the native CPU kernels, where

@@ -19,7 +19,7 @@ reads 4 N L + 8 N. Backward reads the same and writes each gradient once. Eager 
 for the gaussian and three passes over 4 N L for log_softmax and gather.
 Flops: gaussian 20 N, bernoulli 45 N, categorical 22 N L.
 
-Numerics. Sums are float32 in blocks of 512, double between blocks. bernoulli adds two non-negative
+Numerics. Sums are float32 over four vectors, double between them. bernoulli adds two non-negative
 terms, so nothing cancels; a label of exactly 0 or 1 beats an infinite logit. log p is taken as
 (s - max) - log(sum), never as s - logsumexp, which would lose the digits that max and s share.
 
