@@ -12,6 +12,7 @@ and those of all sampling loops, in a file of their own, with --loops besides.
 """
 
 import argparse
+import collections
 import multiprocessing
 import os
 import sys
@@ -25,6 +26,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import loops, model_steps, probes, record, report, sides, worker
 from gmkernels import dispatch, registry
+from gmkernels.spec import Benchmark, Op
 
 QUICK_SECONDS = 250  # no row is begun after these in --quick: it ends within five minutes
 
@@ -82,21 +84,36 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
+def by_weight(rows: list[tuple[Op, Benchmark]]) -> list[tuple[Op, Benchmark]]:
+    """The first row of every family before the second of any, and the light ones first: where the
+    time ends early, most of what there is has been seen.
+    """
+    count: collections.Counter[str] = collections.Counter()
+    weights = []
+    for op, b in rows:
+        forward_flops, moved = op.flops(b.case), op.bytes(b.case, b.dtype, b.backward)
+        weights.append((count[op.family], forward_flops * (3 if b.backward else 1) + moved))
+        count[op.family] += 1
+    return [row for _, row in sorted(zip(weights, rows, strict=True), key=lambda pair: pair[0])]
+
+
 def plans(options: argparse.Namespace) -> list[worker.Plan]:
     """One plan a regime: the first measures everything, the second stands beside headline rows."""
     everything = not options.op and not options.model
     ops = registry.rows() if everything else [registry.row(name) for name in options.op or ()]
     timed = [] if options.loops else ops
     chosen = [
-        (op.name, b)
+        (op, b)
         for op in timed
         for b in op.benchmarks
         if (b.headline or not options.quick) and options.dtype in (None, str(b.dtype)[6:])
     ]
-    every = [(name, b.name) for name, b in chosen]
-    headline = [(name, b.name) for name, b in chosen if b.headline]
-    if options.quick:  # the first of each family
-        headline = list({registry.row(row[0]).family: row for row in reversed(headline)}.values())
+    if options.quick:
+        chosen = by_weight(chosen)
+    every = [(op.name, b.name) for op, b in chosen]
+    headline = [(op.name, b.name) for op, b in chosen if b.headline]
+    if options.quick:
+        headline = headline[: len({op.family for op, _ in chosen})]  # the first of each family
     walked = [one for one in loops.LOOPS if one.op in ops and (one.headline or not options.quick)]
     beside = [] if options.quick else [one for one in walked if one.headline]
     models = [
@@ -111,7 +128,7 @@ def plans(options: argparse.Namespace) -> list[worker.Plan]:
     deadline = time.time() + QUICK_SECONDS if options.quick else float("inf")
     return [
         worker.Plan(
-            rows=tuple(headline[::-1] if n else every),
+            rows=tuple(headline if n else every),
             loops=tuple(beside if n else walked),
             models=() if n and options.quick else tuple(models),
             device=options.device,

@@ -136,11 +136,11 @@ def _status(field: str) -> int:
 
 
 def machine(device: str) -> str:
-    """A file name for this machine: the GPU, or the CPU and its cores."""
+    """A file name for this machine: the GPU, or the CPU, its widest vectors and its cores."""
     if device == "cuda":
         name = torch.cuda.get_device_name()
     else:
-        name = f"{_cpu_model()} {torch.get_num_threads()} threads"
+        name = f"{_cpu_model()} {_vectors()} {torch.get_num_threads()} threads"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
@@ -150,6 +150,11 @@ def _cpu_model() -> str:
     except OSError:
         found = None
     return found.group(1) if found else platform.processor() or platform.machine()
+
+
+def _vectors() -> str:
+    features = dispatch.extension.cpu_features() if dispatch.extension else {}
+    return next((name for name in ("avx512f", "avx2") if features.get(name)), "").removesuffix("f")
 
 
 def stamp(device: str) -> dict[str, str]:
