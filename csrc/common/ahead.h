@@ -28,7 +28,8 @@ struct Ahead {
 
 // As for_vectors(); where rows are looked ahead, each of `later` is asked for what stands at i.
 template <class Body, class... Later>
-static inline void for_vectors_ahead(int64_t rows, int64_t n, Body body, const Later&... later) {
+[[gnu::always_inline]] static inline void for_vectors_ahead(int64_t rows, int64_t n, Body body,
+                                                            const Later&... later) {
   if (!rows) return for_vectors(n, body);
   for_vectors(n, [&](auto lane, int64_t i) __attribute__((always_inline)) {
     (later.ask(i), ...);

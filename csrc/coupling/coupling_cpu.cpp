@@ -19,7 +19,7 @@ static double forward_block(const CouplingArgs& a, int64_t row, int64_t slot, in
   const RowAhead next_x(a.x, a, row + ahead, slot);
   const Ahead next_shift(a.shift, row + ahead, slot);
   const Ahead next_raw(kScale == Scale::additive ? a.shift : a.raw, row + ahead, slot);
-  const auto body = [&](auto lane, int64_t i) {
+  const auto body = [&](auto lane, int64_t i) __attribute__((always_inline)) {
     using F = decltype(lane);
     const auto s = scaling<kScale, kInverse>(load<F>(raw + i), a.clamp, inverse_clamp);
     sum.add(s.log_s);
@@ -65,7 +65,7 @@ static void backward_block(const CouplingArgs& a, int64_t row, int64_t slot, int
   const Ahead next_x(a.x, row + ahead, a.begin + slot);
   const Ahead next_shift(kInverse ? a.shift : a.x, row + ahead, kInverse ? slot : a.begin + slot);
   const Ahead next_raw(kScale == Scale::additive ? a.shift : a.raw, row + ahead, slot);
-  const auto body = [&](auto lane, int64_t i) {
+  const auto body = [&](auto lane, int64_t i) __attribute__((always_inline)) {
     using F = decltype(lane);
     const auto g = coupling_gradients<kScale, kInverse>(
         load<F>(x + i), load<F>(shift + i), load<F>(raw + i), load<F>(dy + i),

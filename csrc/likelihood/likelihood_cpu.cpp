@@ -23,7 +23,7 @@ static void gaussian_tasks(const LikelihoodArgs& a, double* sums, int64_t begin,
       const Ahead next_x(a.x, row + ahead, at), next_mean(a.mean, row + ahead, at);
       const Ahead next_logvar(kLogvar ? a.logvar : a.x, row + ahead, at);
       BlockSum sum;
-      const auto body = [&](auto lane, int64_t i) {
+      const auto body = [&](auto lane, int64_t i) __attribute__((always_inline)) {
         using F = decltype(lane);
         const F gap = load<F>(x + i) - load<F>(m + i);
         if constexpr (kLogvar) {
@@ -88,7 +88,7 @@ static void bernoulli(const LikelihoodArgs& a, double* sums, int64_t begin, int6
       const float* s = load_block(a.mean, row, at, count, buffers[1]);
       const Ahead next_x(a.x, row + ahead, at), next_logits(a.mean, row + ahead, at);
       BlockSum sum;
-      const auto body = [&](auto lane, int64_t i) {
+      const auto body = [&](auto lane, int64_t i) __attribute__((always_inline)) {
         using F = decltype(lane);
         sum.add(bernoulli_term(load<F>(x + i), load<F>(s + i)));
       };
