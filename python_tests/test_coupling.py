@@ -214,3 +214,18 @@ SPLIT = Split.halves(4)
 def test_refusals(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_every_object_sums_terms_that_cancel(isas):
+    """8192 terms of either sign: in float32 alone AVX2 had 1.3e-5; eager PyTorch has 9e-6."""
+    generator = torch.Generator().manual_seed(0)
+    raw = torch.randn(64, 8192, generator=generator)
+    x = torch.randn(64, 16384, generator=generator)
+    truth = (2 * torch.tanh(raw.double() / 2)).sum(1)
+    for isa in isas:
+        with gm.use_isa(isa):
+            _, log_det = gm.affine_coupling(
+                x, raw, raw, split=Split.halves(16384), backend="native"
+            )
+        error = (log_det.double() - truth).square().mean().sqrt()
+        assert error < 1.1e-5, isa
