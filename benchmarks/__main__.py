@@ -159,8 +159,9 @@ class Session:
     def __init__(self, console: Console) -> None:
         self.console = console
         self.records: list[record.Record] = []
-        self.left_out: list[str] = []
         self.crashed = False
+        self._left_out: list[str] = []
+        self._beside = 0
 
     def run(self, all_plans: list[worker.Plan]) -> None:
         """Measures everything; a line a row as it is done."""
@@ -173,6 +174,12 @@ class Session:
                     progress.advance(task)
                     progress.update(task, description=f"{title} ({plan.regime} memory)")
             progress.advance(task)
+
+    @property
+    def left_out(self) -> list[str]:
+        """What was not begun: names of rows, and how many of the second regime."""
+        beside = f"{self._beside} rows of the second memory regime"
+        return [*self._left_out, *([beside] if self._beside else [])]
 
     def _titles(self, plan: worker.Plan) -> Iterator[str]:
         """Yields the title of each row when it begins; prints the one before."""
@@ -203,7 +210,10 @@ class Session:
             self._print_row(title, plan, row)
             row, title = [], what
             if kind == "left out":
-                self.left_out.append(what)
+                if plan.beside:
+                    self._beside += 1
+                else:
+                    self._left_out.append(what)
                 title = ""
             if kind == "end":
                 process.join()

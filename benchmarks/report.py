@@ -106,7 +106,7 @@ def ratios(records: list[Record], side: str) -> list[float]:
 
 
 def summary(records: list[Record], machine: str, left_out: list[str]) -> list[str]:
-    """Three plain lines."""
+    """Three plain lines, and a fourth that names what no time was left for."""
     own = [r for _, group in groups(records) for r in main_and_beside(group)[0]]
     rows = {r.row for r in own}
     wrong = {r.row for r in own if r.correct.startswith("WRONG")}
@@ -129,10 +129,9 @@ def summary(records: list[Record], machine: str, left_out: list[str]) -> list[st
         for r in steps
         if r.p50_ms
     )
-    if left_out:
-        third += ("; " if third else "") + f"left out for time: {', '.join(left_out)}"
     third = third or "no model was timed"
-    return [first, second, f"{third[0].upper()}{third[1:]}."]
+    lines = [first, second, f"{third[0].upper()}{third[1:]}."]
+    return [*lines, f"Left out for time: {'; '.join(left_out)}."] if left_out else lines
 
 
 def plot(path: Path, records: list[Record], machine: str) -> None:

@@ -374,3 +374,13 @@ def test_a_failing_row_does_not_stop_the_others() -> None:
     sent.clear()
     worker.measure(plan(deadline=0.0), "row", broken(), lambda *message: sent.append(message))
     assert sent == [("left out", "row")]
+
+
+def test_quick_sees_every_family_before_the_second_row_of_any():
+    options = command.parser().parse_args(["--quick", "--device", "cpu"])
+    first, second = command.plans(options)
+    families = [registry.row(name).family for name, _ in first.rows]
+    count = len(set(families))
+    assert len(set(families[:count])) == count
+    assert second.rows == first.rows[:count]
+    assert "Left out for time: a, b; c." in report.summary([], "machine", ["a, b", "c"])
